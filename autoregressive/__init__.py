@@ -1,0 +1,1 @@
+"""The GPT over image tokens: models, training and sampling."""

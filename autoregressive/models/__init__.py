@@ -1,0 +1,1 @@
+"""The GPT itself: pure torch, tensors in, tensors out. Knows no files, arguments or process groups."""

@@ -1,0 +1,119 @@
+"""The blocks of the GPT: pre-norm attention and gated feed-forward, no bias anywhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoregressive.models.cache import KVCache
+from autoregressive.models.config import ModelArgs
+from autoregressive.models.rope import apply_rotary_emb
+from utils.drop_path import DropPath
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast back to the dtype of x, then times the weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale).type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; consecutive query heads may share one key/value head.
+
+    The rows of `wqkv` are the query heads, then the key heads, then the value heads.
+    """
+
+    def __init__(self, config: ModelArgs) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.n_head = config.n_head
+        self.n_kv_head = config.kv_heads
+        self.head_dim = config.head_dim
+        self.wqkv = nn.Linear(config.dim, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.attn_dropout_p = config.attn_dropout_p
+        self.resid_dropout = nn.Dropout(config.resid_dropout_p)
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        input_pos: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, S, dim) to (B, S, dim).
+
+        `freqs_cis` holds the rotary rows of the S positions. With a `cache`, the new keys and values are stored at
+        `input_pos` (S,) and attention reads the cached ones. `mask` is bool, True = may attend, broadcastable to
+        (B, heads, S, keys); without it several positions attend causally and a single one to everything.
+        """
+        q, k, v = self._project(x, freqs_cis)
+        if cache is not None:
+            k, v = cache.update(input_pos, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            attn_mask=mask,
+            dropout_p=self.attn_dropout_p if self.training else 0.0,
+            is_causal=mask is None and x.shape[1] > 1,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
+        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+    def _project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, n_head, S, head_dim), keys and values (B, n_kv_head, S, head_dim), rotated where due."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        rotated = apply_rotary_emb(heads[:, :, : self.n_head + self.n_kv_head], freqs_cis).transpose(1, 2)
+        v = heads[:, :, self.n_head + self.n_kv_head :].transpose(1, 2)
+        return rotated[:, : self.n_head], rotated[:, self.n_head :], v
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), both with stochastic depth at rate `drop_path`."""
+
+    def __init__(self, config: ModelArgs, drop_path: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        input_pos: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, S, dim) to (B, S, dim); the other arguments are those of `Attention.forward`."""
+        h = x + self.drop_path(self.attention(self.attention_norm(x), freqs_cis, input_pos, mask, cache))
+        return h + self.drop_path(self.feed_forward(self.ffn_norm(h)))

@@ -1,0 +1,74 @@
+"""From logits to a token: temperature, top-k, top-p, draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Generators = Sequence[torch.Generator]
+
+
+def top_k_top_p_filtering(
+    logits: Tensor,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    filter_value: float = -float("inf"),
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """A copy of `logits` (..., V) in which the tokens outside top-k, then outside top-p, are `filter_value`.
+
+    `top_k` 0 or None and `top_p` 1 keep everything. Ties at the k-th place are all kept. Top-p keeps the best tokens
+    up to and including the one that takes their probability over `top_p`, and never fewer than the best.
+    With `min_tokens_to_keep` m > 1, top-p keeps m + 1 tokens: the established samplers do.
+    """
+    if top_k is not None and top_k > 0:
+        count = min(max(top_k, min_tokens_to_keep), logits.shape[-1])
+        smallest = logits.topk(count, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, filter_value)
+    if top_p < 1.0:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        before = ranked.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+        drop = before > top_p
+        drop[..., : 1 if min_tokens_to_keep <= 1 else min_tokens_to_keep + 1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), filter_value)
+    return logits
+
+
+def logits_to_probs(
+    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None
+) -> Tensor:
+    """Probabilities (..., V) after temperature (at least 1e-5) and filtering."""
+    return top_k_top_p_filtering(logits / max(temperature, 1e-5), top_k=top_k, top_p=top_p).softmax(dim=-1)
+
+
+def draw(probs: Tensor, generators: Generators | None = None) -> Tensor:
+    """One token per row of `probs` (B, V): int64 (B, 1).
+
+    Without `generators` this is one `torch.multinomial` from the global generator. With one generator per row, row i
+    draws from its own alone, whatever the other rows are: token = argmax of p / e with e exponentially distributed,
+    which is also what `torch.multinomial` does with that generator. They may live on another device than `probs`.
+    """
+    if generators is None:
+        return torch.multinomial(probs, num_samples=1)
+    if len(generators) != probs.shape[0]:
+        raise ValueError(f"expected one generator per image: {len(generators)} generators for {probs.shape[0]} images")
+    noise = [torch.empty_like(probs[0], device=g.device).exponential_(generator=g) for g in generators]
+    return (probs / torch.stack(noise).to(probs.device)).argmax(dim=-1, keepdim=True)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    sample_logits: bool = True,
+    generators: Generators | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw from the last position of `logits` (B, S, V), or take its best token if not `sample_logits`.
+
+    Returns tokens int64 (B, 1) and the probabilities (B, V) they were drawn from.
+    """
+    probs = logits_to_probs(logits[:, -1], temperature, top_p, top_k)
+    return draw(probs, generators) if sample_logits else probs.argmax(dim=-1, keepdim=True), probs

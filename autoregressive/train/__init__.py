@@ -1,0 +1,1 @@
+"""Floor 3: extracting codes and training the GPT."""

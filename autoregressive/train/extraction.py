@@ -1,0 +1,93 @@
+"""Turning a folder of images into codes, once, so that the GPT never sees a pixel. `extract_codes_c2i.py` is its command."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from dataset.augmentation import extraction_transform
+from dataset.build import build_dataset
+from dataset.codes import CodeFolder
+from tokenizer.build import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.args import apply_threads, num_workers
+from utils.distributed import barrier, get_rank, get_world_size, is_main, process_group, read_launch
+from utils.files import read_json, write_json
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Write the codes of every image under ``args.data_path``; images whose codes are there already are skipped."""
+    apply_threads(args)
+    with process_group(args.device) as device:
+        tokenizer = load_tokenizer(args, device)
+        if args.image_size % tokenizer.stride:
+            raise ValueError(f"--image-size {args.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}")
+        images = build_dataset(args, transform=extraction_transform(args.image_size, args.ten_crop, args.crop_range))
+        _claim_folder(Path(args.code_path), args, images)
+        codes = CodeFolder(Path(args.code_path), args.dataset, args.image_size)
+        mine = range(get_rank(), len(images), get_world_size())
+        missing = [index for index in mine if not codes.has(index)]
+        loader = DataLoader(
+            Subset(_Indexed(images), missing), batch_size=args.batch_size,
+            num_workers=num_workers(args, read_launch().local_size),
+        )  # fmt: skip
+        with tqdm(total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not is_main()) as bar:
+            for indices, crops, labels in loader:
+                for index, rows, label in zip(indices, encode_crops(tokenizer, crops.to(device)), labels):
+                    codes.write(int(index), rows.cpu().numpy(), int(label))
+                bar.update(len(indices))
+        barrier()
+        if is_main():
+            print(f"{len(images)} images: codes are in {args.code_path}", file=sys.stderr)
+
+
+@torch.no_grad()
+def encode_crops(tokenizer: VQModel, crops: Tensor) -> Tensor:
+    """Codes of crops (B, A, 3, S, S) in [-1, 1]: int64 (B, A, N), in float32 whatever the surroundings."""
+    batch, views = crops.shape[:2]
+    with torch.autocast(crops.device.type, enabled=False):
+        _, _, (_, _, indices) = tokenizer.encode(crops.flatten(0, 1).float())
+    return indices.view(batch, views, -1)
+
+
+class _Indexed(torch.utils.data.Dataset):
+    """Items of an image data set with their index in front."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, int]:
+        crops, label = self.images[index]
+        return index, crops, int(label)
+
+
+def _claim_folder(folder: Path, args: argparse.Namespace, images: Any) -> None:
+    """Note in `folder` how its codes are made, or refuse to mix them with codes that were made otherwise."""
+    settings = {
+        "data_path": str(Path(args.data_path).resolve()),
+        "images": len(images),
+        "image_size": args.image_size,
+        "crops": f"ten-crop {args.crop_range}" if args.ten_crop else "centre and mirror",
+        "tokenizer": args.vq_model,
+        "tokenizer_sha256": hashlib.sha256(Path(args.vq_ckpt).read_bytes()).hexdigest(),
+    }
+    record = folder / "extraction.json"
+    if record.is_file():
+        known = read_json(record)
+        changed = [name for name in settings if known.get(name) != settings[name]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds codes made with another {changed[0]} ({known.get(changed[0])}, now "
+                f"{settings[changed[0]]}); remove the folder or give another --code-path"
+            )
+    elif is_main():
+        write_json(record, {**settings, "classes": list(getattr(images, "classes", []))})
+    barrier()

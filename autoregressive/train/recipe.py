@@ -1,0 +1,151 @@
+"""How the GPT is trained on codes: data, optimizers, one step, validation. `train_c2i.py` is its command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from autoregressive.build import build_gpt, describe_weights, latent_grid
+from autoregressive.models.gpt import Transformer
+from autoregressive.train.validation import likelihood
+from dataset.build import build_dataset
+from dataset.codes import CheckedCodes
+from dataset.sampler import training_loader
+from utils.args import apply_threads
+from utils.distributed import data_parallel, process_group
+from utils.ema import requires_grad, update_ema
+from utils.logger import create_logger
+from utils.optim import Muon, Optimizers, adamw, decay_groups
+from utils.precision import allow_tf32, autocast, grad_scaler
+from utils.run_folder import RunFolder, open_run
+from utils.schedule import lr_factor
+from utils.seeding import seed_step
+from utils.trainer import Trainer, TrainSettings
+
+Batch = tuple[Tensor, Tensor]  # codes (B, N) int64, labels (B,) int64
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a class-conditional GPT as `args` says; see `train_c2i.py --help`."""
+    if args.gpt_type != "c2i":
+        raise ValueError("this command trains class-conditional models; --gpt-type t2i is not for it")
+    apply_threads(args)
+    allow_tf32()
+    with process_group(args.device) as device:
+        codes = code_dataset(args, args.code_path)
+        run = open_run(args, args.gpt_model)
+        logger = create_logger(run.path)
+        make_trainer(args, device, codes, run, logger).fit()
+        logger.info("Done!")
+
+
+def make_trainer(
+    args: argparse.Namespace, device: torch.device, codes: Dataset, run: RunFolder, logger: logging.Logger
+) -> Trainer:
+    """Model, optimizers, data and loop of one run, at the step where it was left."""
+    logger.info(f"Experiment directory: {run.path}; settings: {args}")
+    seed_step(args.global_seed, 0, 0)  # equal initial weights on all ranks and in all restarts
+    model = build_gpt(args, args.vocab_size, **dropout_fields(args)).to(device)
+    ema = copy.deepcopy(model).eval() if args.ema else None
+    optimizers = make_optimizers(model, args, device)
+    scaler = grad_scaler(device, args.mixed_precision)
+    sampler, loader = training_loader(codes, args, device)
+    settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
+    logger.info(f"GPT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    logger.info(f"Dataset contains {len(codes):,} images ({args.code_path}), {sampler.batches_per_epoch:,} steps an epoch")
+    trainer = Trainer(
+        run, logger, device, loader,
+        step=TrainStep(args, model, ema, optimizers, scaler, device, settings.total_steps),
+        stateful={"model": model, "optimizer": optimizers, "scaler": scaler} | ({"ema": ema} if ema else {}),
+        settings=settings,
+        extra={"args": vars(args)},
+        validate=_validator(args, model, device),
+    )  # fmt: skip
+    sampler.start = trainer.resume(args.gpt_ckpt, describe_weights)
+    return trainer
+
+
+def dropout_fields(args: argparse.Namespace) -> dict[str, float]:
+    """The `ModelArgs` fields that regularise; stochastic depth replaces residual and FFN dropout."""
+    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p
+    return {
+        "resid_dropout_p": dropout,
+        "ffn_dropout_p": dropout,
+        "drop_path_rate": args.drop_path_rate,
+        "token_dropout_p": args.token_dropout_p,
+        "class_dropout_prob": args.class_dropout_prob,
+    }
+
+
+def code_dataset(args: argparse.Namespace, code_path: str) -> CheckedCodes:
+    """Codes and labels under `code_path`, each item checked against the model's vocabulary, grid and classes."""
+    args = argparse.Namespace(**{**vars(args), "code_path": code_path})
+    return CheckedCodes(build_dataset(args), latent_grid(args) ** 2, args.vocab_size, args.num_classes)
+
+
+def make_optimizers(model: Transformer, args: argparse.Namespace, device: torch.device) -> Optimizers:
+    """AdamW over all weights, or Muon over the matrices of the blocks and AdamW over the rest."""
+    betas = (args.beta1, args.beta2)
+    if args.optimizer == "adamw":
+        return Optimizers(adamw(decay_groups(model.named_parameters(), args.weight_decay), args.lr, betas, device))
+    hidden = {name: p for name, p in model.layers.named_parameters(prefix="layers") if p.dim() >= 2}
+    rest = [(name, p) for name, p in model.named_parameters() if name not in hidden]
+    return Optimizers(
+        Muon(hidden.values(), args.lr, args.weight_decay),
+        adamw(decay_groups(rest, args.weight_decay), args.lr, betas, device),
+    )
+
+
+class TrainStep:
+    """One optimizer step over micro-batches of (codes, labels)."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: Transformer,
+        ema: Transformer | None,
+        optimizers: Optimizers,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        total_steps: int,
+    ) -> None:
+        self.args, self.model, self.ema, self.device = args, model, ema, device
+        self.optimizers, self.scaler, self.total_steps = optimizers, scaler, total_steps
+        if ema is not None:
+            requires_grad(ema, False)
+        wanted = args.compile if args.compile is not None else device.type == "cuda"
+        self.wrapped: nn.Module = data_parallel(torch.compile(model) if wanted else model, device)
+
+    def __call__(self, batches: Sequence[Batch], number: int) -> Mapping[str, Tensor]:
+        args = self.args
+        factor = lr_factor(number, self.total_steps, args.lr_schedule, args.warmup_steps, args.lr_floor)
+        self.optimizers.set_lr_factor(factor)
+        self.wrapped.train()
+        losses = [self._backward(batch, len(batches), last=i == len(batches) - 1) for i, batch in enumerate(batches)]
+        norm = self.optimizers.update(self.scaler, args.max_grad_norm)
+        if self.ema is not None:
+            update_ema(self.ema, self.model)
+        return {"loss": torch.stack(losses).mean(), "grad_norm": norm, "lr": torch.tensor(args.lr * factor)}
+
+    def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
+        codes, labels = (x.to(self.device, non_blocking=True) for x in batch)
+        alone = not hasattr(self.wrapped, "no_sync")
+        with contextlib.nullcontext() if last or alone else self.wrapped.no_sync():
+            with autocast(self.device, self.args.mixed_precision):
+                _, loss = self.wrapped(idx=codes[:, :-1], cond_idx=labels, targets=codes)
+            self.scaler.scale(loss / parts).backward()
+        return loss.detach()
+
+
+def _validator(args: argparse.Namespace, model: Transformer, device: torch.device):
+    if not args.val_code_path:
+        return None
+    loader = DataLoader(code_dataset(args, args.val_code_path).first_views(), batch_size=64)
+    return lambda: likelihood(model, loader, device, args.mixed_precision)

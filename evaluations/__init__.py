@@ -1,0 +1,1 @@
+"""Evaluation: FID, sFID, Inception Score, precision and recall, PSNR and SSIM."""

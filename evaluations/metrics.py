@@ -1,0 +1,260 @@
+"""The arithmetic of the generation metrics, on features that a network has already extracted.
+
+FID (Heusel et al., 2017), Inception Score (Salimans et al., 2016), improved precision and recall (Kynkaanniemi et
+al., 2019) and kernel distance (Binkowski et al., 2018). Everything takes and gives tensors or plain floats, and runs
+on the device of its inputs; statistics are float64 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 3  # k of improved precision and recall
+SPLIT_SIZE = 5000  # rows per split of the Inception Score
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, in float64.
+
+    Each batch is centred on its own mean before it is merged, so that a large common offset costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._scatter: Tensor | None = None
+
+    def update(self, features: Tensor) -> None:
+        """Take in (N, D) features of any floating dtype."""
+        _check_features(features)
+        if len(features) == 0:
+            return
+        features = features.detach().double()
+        mean = features.mean(dim=0)
+        centred = features - mean
+        self._merge(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Take in what another accumulator has seen, e.g. on another rank."""
+        if other.count:
+            self._merge(other.count, other._mean, other._scatter)
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.count == 0:
+            self.count, self._mean, self._scatter = count, mean, scatter
+            return
+        total = self.count + count
+        shift = mean - self._mean
+        self._mean = self._mean + shift * (count / total)
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (D,), float64."""
+        self._demand(1)
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (D, D), float64: divided by N - 1."""
+        self._demand(2)
+        return self._scatter / (self.count - 1)
+
+    def _demand(self, least: int) -> None:
+        if self.count < least:
+            raise ValueError(f"statistics need at least {least} feature rows, found {self.count}")
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    Takes means (D,) and symmetric covariances (D, D). The trace of (S1 S2)^(1/2) is the sum of the singular values
+    of S1^(1/2) S2^(1/2), so no general matrix square root is needed and the result is always real.
+    """
+    mean1, covariance1, mean2, covariance2 = (
+        torch.as_tensor(value).double() for value in (mean1, covariance1, mean2, covariance2)
+    )
+    _check_statistics(mean1, covariance1, mean2, covariance2)
+    return _frechet(mean1, _square_root(covariance1), mean2, _square_root(covariance2))
+
+
+def frechet_distance_of_features(features1: Tensor, features2: Tensor) -> float:
+    """The same distance between two feature sets (N1, D) and (N2, D).
+
+    A set with fewer rows than dimensions has a singular covariance; its centred rows are then used as the factor of
+    the covariance directly, which is exact where the square root of the covariance keeps only half of the digits.
+    """
+    _check_same_width(features1, features2)
+    return _frechet(*_mean_and_factor(features1), *_mean_and_factor(features2))
+
+
+def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
+    if len(features) > features.shape[1]:
+        statistics = FeatureStatistics()
+        statistics.update(features)
+        return statistics.mean, _square_root(statistics.covariance)
+    if len(features) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 feature rows in each set, found {len(features)}")
+    features = features.detach().double()
+    mean = features.mean(dim=0)
+    return mean, (features - mean) / (len(features) - 1) ** 0.5
+
+
+def _frechet(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2: Tensor) -> float:
+    """Distance from factors F (any number of rows, D) with F^T F = covariance."""
+    trace = torch.linalg.svdvals(factor1 @ factor2.T).sum()
+    distance = (mean1 - mean2).square().sum() + factor1.square().sum() + factor2.square().sum() - 2 * trace
+    return distance.item()
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    # Clamped at zero only: small eigenvalues are many, and dropping them by a relative threshold moves the FID.
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors.mul(values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def class_probabilities(features: Tensor, weights: Tensor) -> Tensor:
+    """Class probabilities (N, C), float64, from features (N, D) and the classifier (D, C), without its bias."""
+    return (features.double() @ weights.double()).softmax(dim=1)
+
+
+def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> float:
+    """Mean over splits of exp(mean KL(p(y|x) || p(y))), from class probabilities (N, C).
+
+    Splits are consecutive rows; the last one may be shorter and counts like the others. A probability of zero adds
+    nothing to the sum, so the score stays finite.
+    """
+    if probabilities.ndim != 2 or len(probabilities) == 0:
+        raise ValueError(f"probabilities must have shape (N, C) with N >= 1, found {tuple(probabilities.shape)}")
+    scores = [_split_score(split) for split in probabilities.double().split(split_size)]
+    return torch.stack(scores).mean().item()
+
+
+def _split_score(p: Tensor) -> Tensor:
+    marginal = p.mean(dim=0, keepdim=True)
+    divergence = torch.xlogy(p, p) - torch.xlogy(p, marginal)
+    return divergence.sum(dim=1).mean().exp()
+
+
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = NEIGHBOURS, block_size: int = 10_000, half: bool = False
+) -> tuple[float, float]:
+    """Improved precision and recall of fake features (M, D) against real ones (N, D).
+
+    Precision is the share of fake points inside the manifold of the real ones, recall the share of real points
+    inside the manifold of the fake ones. A manifold is the union of balls around its points that reach to their
+    k-th nearest neighbour in the same set. `half` measures distances in float16 as the established evaluator does.
+
+    Raises:
+        ValueError: when a set has no k-th neighbour or the widths differ.
+    """
+    _check_same_width(real, fake)
+    if not half:  # distances do not change when both sets move, and small numbers keep more digits
+        centre = real.double().mean(dim=0)
+        real, fake = ((features.double() - centre).float() for features in (real, fake))
+    real_radii = manifold_radii(real, k, block_size, half)
+    fake_radii = manifold_radii(fake, k, block_size, half)
+    precision = _share_inside(fake, real, real_radii, block_size, half)
+    recall = _share_inside(real, fake, fake_radii, block_size, half)
+    return precision, recall
+
+
+def manifold_radii(
+    features: Tensor, k: int = NEIGHBOURS, block_size: int = 10_000, half: bool = False
+) -> Tensor:
+    """Squared distance (N,), float32, from each row of (N, D) to its k-th nearest other row."""
+    if len(features) <= k:
+        raise ValueError(f"a radius to neighbour {k} needs at least {k + 1} feature rows, found {len(features)}")
+    return torch.cat([_nearest(rows, features, k + 1, block_size, half) for rows in features.split(block_size)])
+
+
+def _nearest(rows: Tensor, features: Tensor, n: int, block_size: int, half: bool) -> Tensor:
+    """The n-th smallest distance of each row to all features, one column block at a time (each row is its own first)."""
+    smallest = rows.new_empty((len(rows), 0), dtype=torch.float32)
+    for columns in features.split(block_size):
+        candidates = torch.cat([smallest, squared_distances(rows, columns, half)], dim=1)
+        smallest = candidates.topk(min(n, candidates.shape[1]), dim=1, largest=False).values
+    return smallest[:, -1]
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block_size: int, half: bool) -> float:
+    """Share of the points that lie in at least one ball (border included) around the centres."""
+    inside = 0
+    for rows in points.split(block_size):
+        covered = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for columns, limits in zip(centres.split(block_size), radii.split(block_size)):
+            covered |= (squared_distances(rows, columns, half) <= limits).any(dim=1)
+        inside += int(covered.sum())
+    return inside / len(points)
+
+
+def squared_distances(a: Tensor, b: Tensor, half: bool = False) -> Tensor:
+    """Squared Euclidean distances (N, M), float32, between the rows of (N, D) and (M, D).
+
+    With `half` they are computed in float16, and again in float32 if any of them is not finite.
+    """
+    if half:
+        distances = _squared_distances(a.half(), b.half())
+        if distances.isfinite().all():
+            return distances.float()
+    return _squared_distances(a.float(), b.float())
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    norms_a = a.square().sum(dim=1, keepdim=True)
+    norms_b = b.square().sum(dim=1)
+    return (norms_a - 2 * (a @ b.T) + norms_b).clamp(min=0)
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, subsets: int = 50, subset_size: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
+
+    Zero on average when both sets come from the same distribution, however few rows there are.
+
+    Returns:
+        mean and standard deviation over random subsets of both feature sets (each drawn without replacement).
+    """
+    _check_same_width(real, fake)
+    size = min(subset_size, len(real), len(fake))
+    if size < 2:
+        raise ValueError(f"a kernel distance needs at least 2 feature rows in each set, found {size}")
+    generator = torch.Generator().manual_seed(seed)
+    real, fake = real.double(), fake.double()
+    values = []
+    for _ in range(subsets):
+        pick = [torch.randperm(len(s), generator=generator)[:size].to(s.device) for s in (real, fake)]
+        values.append(_unbiased_mmd(real[pick[0]], fake[pick[1]]))
+    values = torch.stack(values)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def _unbiased_mmd(x: Tensor, y: Tensor) -> Tensor:
+    n, width = x.shape
+    within_x, within_y, between = ((a @ b.T / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = within_x.sum() - within_x.trace() + within_y.sum() - within_y.trace()
+    return within / (n * (n - 1)) - 2 * between.mean()
+
+
+def _check_features(features: Tensor) -> None:
+    if features.ndim != 2:
+        raise ValueError(f"features must have shape (N, D), found {tuple(features.shape)}")
+
+
+def _check_same_width(features1: Tensor, features2: Tensor) -> None:
+    _check_features(features1)
+    _check_features(features2)
+    if features1.shape[1] != features2.shape[1]:
+        raise ValueError(
+            f"both feature sets must have the same width, found {features1.shape[1]} and {features2.shape[1]}"
+        )
+
+
+def _check_statistics(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> None:
+    d = mean1.numel()
+    shapes = [tuple(value.shape) for value in (mean1, covariance1, mean2, covariance2)]
+    if shapes != [(d,), (d, d), (d,), (d, d)]:
+        raise ValueError(f"expected mean (D,), covariance (D, D) twice with one D, found {shapes}")

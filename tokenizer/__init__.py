@@ -1,0 +1,1 @@
+"""Image tokenizers: images become grids of discrete codes, and codes become images again."""

@@ -1,0 +1,119 @@
+"""From vectors to codes and back: nearest-code search and codebook look-up, the same for every quantizer.
+
+The search always runs in full float32. Under bfloat16 autocast about 6 % of random tokens would get another
+code, and TF32 moves codes too, so one image would have different codes on different hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Scores held at a time: 128 MiB of float32, whatever the number of tokens.
+_MAX_SCORES = 2**25
+
+
+@contextmanager
+def full_float32(device_type: str) -> Iterator[None]:
+    """Autocast and TF32 off inside, and both as before afterwards."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        reduced = matmul.allow_tf32
+        read, write, exact = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
+    except RuntimeError:  # PyTorch's answer when the caller chose the precision through `fp32_precision`
+        reduced = matmul.fp32_precision != "ieee"
+        read, write, exact = lambda: matmul.fp32_precision, _set_cuda_precision, "ieee"
+    before = read()
+    if reduced:
+        write(exact)
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if reduced:
+            write(before)
+
+
+def _set_cuda_precision(precision: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def row_chunks(rows: int, columns: int) -> int:
+    """How many rows of a (rows, columns) score matrix to hold at a time."""
+    return max(1, min(rows, _MAX_SCORES // columns))
+
+
+# An operator of its own: the compiler keeps it as one node, so the precision switch and the loop break no graph.
+@torch.library.custom_op("llamagen::nearest_codes", mutates_args=())
+def nearest_codes(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tensor:
+    """Index of the nearest code of every vector.
+
+    Args:
+        vectors: (N, D) float.
+        codebook: (K, D) float.
+        unit_length: vectors and codes all have length one, so the largest product is the nearest code.
+
+    Returns:
+        (N,) int64 in [0, K). No gradient passes.
+    """
+    vectors, codebook = _at_least_float32(vectors), _at_least_float32(codebook)
+    nearest = []
+    with full_float32(vectors.device.type):
+        for chunk in vectors.split(row_chunks(len(vectors), len(codebook))):
+            scores = chunk @ codebook.T
+            if not unit_length:  # argmin |z - e|^2 = argmax z.e - |e|^2 / 2
+                scores -= codebook.square().sum(1) / 2
+            nearest.append(scores.argmax(1))
+    return torch.cat(nearest)
+
+
+@nearest_codes.register_fake
+def _(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def lookup(
+    indices: Tensor, codebook: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
+) -> Tensor:
+    """Rows of the codebook, laid out as a feature map.
+
+    Args:
+        indices: int32 or int64 in [0, K), any shape with as many entries as `shape` has positions.
+        codebook: (K, D).
+        shape: (B, D, H, W), or (B, H, W, D) with `channel_first` off. None gives ``indices.shape + (D,)``.
+
+    Raises:
+        IndexError: an index is negative or not below K.
+        ValueError: `shape` does not fit the indices or the codebook.
+    """
+    _check_indices(indices, len(codebook))
+    if shape is None:
+        return F.embedding(indices, codebook)
+    if len(shape) != 4:
+        raise ValueError(f"shape must have four sizes, but is {tuple(shape)}.")
+    batch, *grid = (shape[0], shape[2], shape[3]) if channel_first else shape[:3]
+    channels = shape[1] if channel_first else shape[3]
+    expected = batch * grid[0] * grid[1]
+    if channels != codebook.shape[1] or indices.numel() != expected:
+        raise ValueError(
+            f"shape {tuple(shape)} asks for {expected} codes of {channels} channels, but there are "
+            f"{indices.numel()} indices into a codebook of {codebook.shape[1]} channels."
+        )
+    codes = F.embedding(indices.reshape(batch, *grid), codebook)
+    return codes.permute(0, 3, 1, 2).contiguous() if channel_first else codes
+
+
+def _check_indices(indices: Tensor, codebook_size: int) -> None:
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    low, high = (int(limit) for limit in indices.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise IndexError(f"codes must lie in [0, {codebook_size}), but reach from {low} to {high}.")

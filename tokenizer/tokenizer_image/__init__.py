@@ -1,0 +1,1 @@
+"""The VQ tokenizer of LlamaGen: model, quantizer, training losses and discriminators."""

@@ -1,0 +1,77 @@
+"""Care of a codebook in training: a start from data, and new life for codes that nobody uses.
+
+A codebook drawn at random lies far from the first latents, so that few codes are ever chosen. Both functions
+change ``quantizer.embedding`` in place; with several processes, run them on one and broadcast the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizer.nearest import nearest_codes
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer
+
+
+@torch.no_grad()
+def kmeans_init(
+    quantizer: VectorQuantizer, latents: Tensor, iterations: int = 8, generator: torch.Generator | None = None
+) -> None:
+    """Set the codes to the k-means centres of `latents` (spherical k-means where codes are unit-length).
+
+    Args:
+        latents: (N, D) float, what the encoder and `quant_conv` gave for some images. Best N >> K.
+        iterations: rounds of assignment and averaging. A centre without latents moves onto a random one.
+        generator: source of the random choices; the global one by default.
+    """
+    latents = _prepare(quantizer, latents)
+    centres = _draw(latents, quantizer.n_e, generator)
+    for _ in range(iterations):
+        nearest = nearest_codes(latents, centres, quantizer.l2_norm)
+        members = torch.bincount(nearest, minlength=quantizer.n_e)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
+        centres = F.normalize(sums, dim=-1) if quantizer.l2_norm else sums / members.clamp(min=1)[:, None]
+        empty = members == 0
+        centres[empty] = _draw(latents, int(empty.sum()), generator)
+    quantizer.embedding.weight.copy_(centres)
+
+
+@torch.no_grad()
+def revive_dead_codes(
+    quantizer: VectorQuantizer, used: Tensor, latents: Tensor, generator: torch.Generator | None = None
+) -> int:
+    """Move every unused code onto a random latent vector.
+
+    Args:
+        used: (K,) bool, False where the code counts as dead.
+        latents: (N, D) float, what the encoder and `quant_conv` gave for recent images.
+        generator: source of the random choices; the global one by default.
+
+    Returns:
+        How many codes were moved.
+    """
+    if used.dtype != torch.bool or tuple(used.shape) != (quantizer.n_e,):
+        raise ValueError(f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of "
+                         f"shape {tuple(used.shape)}.")
+    weight = quantizer.embedding.weight
+    dead = ~used.to(weight.device)
+    count = int(dead.sum())
+    weight[dead] = _draw(_prepare(quantizer, latents), count, generator).to(weight.dtype)
+    return count
+
+
+def _prepare(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
+    if latents.ndim != 2 or latents.shape[1] != quantizer.e_dim or not len(latents):
+        raise ValueError(f"latents must be (N, {quantizer.e_dim}) with N > 0, but are {tuple(latents.shape)}.")
+    latents = latents.to(quantizer.embedding.weight.device, torch.float32)
+    return F.normalize(latents, dim=-1) if quantizer.l2_norm else latents
+
+
+def _draw(latents: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` random rows, without repetition as long as there are enough."""
+    device = generator.device if generator is not None else latents.device
+    rounds = -(-count // len(latents))
+    orders = [torch.randperm(len(latents), generator=generator, device=device) for _ in range(rounds)]
+    chosen = torch.cat([*orders, torch.empty(0, dtype=torch.int64, device=device)])[:count]
+    return latents[chosen.to(latents.device)]

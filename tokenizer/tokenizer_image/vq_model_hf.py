@@ -1,0 +1,37 @@
+"""The VQ tokenizer as a Hugging Face Hub model: `from_pretrained`, `save_pretrained` and `push_to_hub`."""
+
+# No postponed annotations here: the mixin reads the class `ModelArgs` off the annotation of `config`.
+from dataclasses import asdict, fields
+from typing import Any
+
+from huggingface_hub import PyTorchModelHubMixin
+
+from tokenizer.tokenizer_image.vq_model import VQ_models, ModelArgs, VQModel
+
+# Written to config.json only where they differ from their defaults: other readers of the published format do
+# not know them.
+_EXTENSIONS = ("ch", "num_res_blocks", "norm_groups")
+
+
+class VQModelHF(
+    VQModel,
+    PyTorchModelHubMixin,
+    repo_url="https://github.com/FoundationVision/LlamaGen",
+    license="mit",
+    tags=["llamagen", "text-to-image"],
+):
+    """`VQModel` whose `ModelArgs` travel as config.json beside model.safetensors."""
+
+    def __init__(self, config: ModelArgs) -> None:
+        super().__init__(config)
+        defaults = {f.name: f.default for f in fields(ModelArgs) if f.name in _EXTENSIONS}
+        self._hub_mixin_config = {k: v for k, v in asdict(config).items() if defaults.get(k, ...) != v}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> "VQModelHF":
+        """The model of a Hub repository or local folder, in evaluation mode. Every weight must be there."""
+        return super().from_pretrained(*args, strict=strict, **kwargs)
+
+
+def _hub(name: str, **kwargs: Any) -> VQModelHF:
+    return VQModelHF(VQ_models[name].__wrapped__(**kwargs))

@@ -1,0 +1,1 @@
+"""The VQGAN of taming-transformers, kept to read and compare its published checkpoints."""

@@ -1,0 +1,36 @@
+"""How commands end: a user's mistake gives one clear sentence and exit code 2, a bug gives a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class Interrupted(Exception):
+    """A signal ended the work in good order; `signum` says which."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command's `main` and turn its outcome into an exit code.
+
+    LLAMAGEN_TRACEBACK=1 shows the full traceback of a user's mistake as well.
+    """
+    try:
+        main()
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if os.environ.get("LLAMAGEN_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

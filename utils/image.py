@@ -1,0 +1,77 @@
+"""From model output to picture files, and back.
+
+Models work on (N, 3, H, W) float images in [-1, 1]; pictures are (N, H, W, 3) uint8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from utils.files import write_atomic
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images (N, C, H, W) in [-1, 1] to pictures (N, H, W, C) uint8: trunc(clamp(127.5 x + 128, 0, 255)).
+
+    Truncation is part of the published numbers, so it stays; `to_float` followed by this is the identity.
+    """
+    return (127.5 * images.float() + 128).clamp(0, 255).permute(0, 2, 3, 1).byte().contiguous()
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """Pictures (N, H, W, C) uint8 to float32 images (N, C, H, W) in [-1, 1]."""
+    return (pictures.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def resize_bicubic(images: Tensor, size: int, antialias: bool = False) -> Tensor:
+    """Resize float images (N, C, H, W) to (N, C, size, size).
+
+    The published 384 -> 256 samples were shrunk without antialiasing, hence the default. Bicubic weights overshoot:
+    values may leave [-1, 1].
+    """
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=antialias)
+
+
+def make_grid_image(images: Tensor, columns: int, padding: int = 2) -> Image.Image:
+    """One picture with all images (N, C, H, W) in [-1, 1], `columns` per row, black lines between and around them.
+
+    A single image is returned without lines. Grey values are rounded to the nearest level, as in torchvision's grids.
+    """
+    grid = make_grid(
+        images.float(), nrow=columns, padding=padding, normalize=True, value_range=(-1, 1)
+    )  # values in [0, 1]
+    pixels = grid.mul(255).add(0.5).clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(
+    image: Image.Image | Tensor | np.ndarray, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write one picture, (H, W, 3) uint8 or a PIL image, as PNG; the file is whole or not there.
+
+    `metadata` becomes text chunks of the file (``PIL.Image.open(path).text``): strings as they are, everything else
+    as JSON.
+    """
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy()
+    if isinstance(image, np.ndarray):
+        _check_picture(image)
+        image = Image.fromarray(image)
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        chunks.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    write_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+
+
+def _check_picture(picture: np.ndarray) -> None:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"a picture must be (H, W, 3) uint8, found {picture.shape} {picture.dtype}")

@@ -1,0 +1,89 @@
+"""What a run says: lines to the terminal and log.txt, numbers to metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.distributed import is_main
+
+
+class _AboveProgressBar(logging.StreamHandler):
+    """Writes to stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def create_logger(logging_dir: str | Path | None) -> logging.Logger:
+    """The logger of a run: rank 0 writes to stderr and `logging_dir`/log.txt (if given), other ranks are silent."""
+    logger = logging.getLogger("llamagen")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    if not is_main():
+        logger.addHandler(logging.NullHandler())
+        return logger
+    handlers: list[logging.Handler] = [_AboveProgressBar()]
+    if logging_dir is not None:
+        handlers.append(logging.FileHandler(Path(logging_dir) / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class Metrics:
+    """Named numbers over steps, for people (TensorBoard, in `folder`/tensorboard) and programs (metrics.jsonl).
+
+    `from_step`: entries of later steps, left by a run that died after its last checkpoint, are dropped first.
+    """
+
+    def __init__(self, folder: str | Path, from_step: int = 0) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self._tensorboard = None
+        if is_main():
+            kept = [entry for entry in read_metrics(self.path) if entry["step"] <= from_step]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            self._tensorboard = _summary_writer(Path(folder) / "tensorboard", from_step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one line and one TensorBoard point per value; only rank 0 writes."""
+        if not is_main():
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _summary_writer(folder: Path, from_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # TensorBoard is a convenience; metrics.jsonl has everything
+        return None
+    return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """All entries of a metrics.jsonl file in order; a half-written last line is left out."""
+    entries = []
+    if Path(path).is_file():
+        for line in Path(path).read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries

@@ -1,0 +1,141 @@
+"""Optimizers: AdamW with the established parameter groups, and Muon for hidden weights.
+
+Muon: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; scaled to AdamW's step size as in
+Liu et al. 2025, "Muon is scalable for LLM training" (arXiv:2502.16982). torch.optim.Muon takes matrices alone; the
+tokenizer's weights are convolutions, hence this one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups in the order given: tensors of two or more dimensions with decay, the others without."""
+    trained = [p for _, p in named if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW, fused where the parameters are on a GPU or CPU that torch has a fused kernel for."""
+    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, fused=device.type in ("cuda", "cpu"))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is replaced by the nearest semi-orthogonal matrix, for weights of two or more dimensions.
+
+    A convolution kernel (O, I, h, w) counts as the matrix (O, I*h*w). The update is scaled by 0.2 * sqrt(max(rows,
+    columns)), which gives it the size of an AdamW update, so both can share a learning rate.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 2e-3, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            if any(p.dim() < 2 for p in group["params"]):
+                raise ValueError("Muon takes weights of two or more dimensions; give the others to AdamW")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step. Matrices of one shape are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape[0], p[0].numel()].append(p)
+            for (rows, columns), weights in by_shape.items():
+                momenta = torch.stack([self._nesterov(p, group["momentum"]) for p in weights])
+                updates = orthogonalize(momenta)
+                scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for p, update in zip(weights, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-scale)
+
+    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum).reshape(p.shape[0], -1)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices; (B, rows, columns), any float dtype.
+
+    Singular values end near 1 (between about 0.7 and 1.2). Works in bf16 on GPUs and float32 on CPUs.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Optimizers:
+    """Several optimizers over one model behind the interface of one; with a single one its state dict is that one's."""
+
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+        self._base_lrs = [[group["lr"] for group in member.param_groups] for member in members]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters under optimization, in order."""
+        return [p for member in self.members for group in member.param_groups for p in group["params"]]
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Set every learning rate to `factor` times the one it was made with, whatever a loaded state said."""
+        for member, lrs in zip(self.members, self._base_lrs):
+            for group, lr in zip(member.param_groups, lrs):
+                group["lr"] = lr * factor
+
+    def update(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
+        """Unscale, clip by the global norm (0 = no clipping), step, and clear the gradients. Returns the norm."""
+        for member in self.members:
+            scaler.unscale_(member)
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else float("inf"))
+        for member in self.members:
+            scaler.step(member)
+        scaler.update()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the only member, or of all under ``members``."""
+        states = [member.state_dict() for member in self.members]
+        return states[0] if len(states) == 1 else {"members": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the moments; learning rates, decay and betas stay as this run's command gave them."""
+        states = state.get("members", [state])
+        if len(states) != len(self.members):
+            raise ValueError(
+                f"the checkpoint was trained with {len(states)} optimizer(s), this command uses {len(self.members)}; "
+                f"give the same --optimizer"
+            )
+        for member, saved in zip(self.members, states):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in member.param_groups]
+            member.load_state_dict(saved)
+            for group, own in zip(member.param_groups, settings):
+                group.update(own)

@@ -1,0 +1,255 @@
+"""The training run: the loop around a recipe's step, with logs, validation, checkpoints, signals and exact resume.
+
+A recipe gives a `step` function that consumes the micro-batches of one optimizer step and returns named losses, and
+the objects whose state makes up a checkpoint. All randomness of step n is a function of (seed, n, rank), and the data
+order is a function of (seed, n): a run that was stopped and continued is bit-equal to one that never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils import checkpoint
+from utils.distributed import any_rank, barrier, get_rank, is_main, mean_over_ranks
+from utils.errors import Interrupted
+from utils.logger import Metrics
+from utils.run_folder import RunFolder, mark_finished
+from utils.seeding import seed_step
+
+Step = Callable[[Sequence[Any], int], Mapping[str, Tensor]]
+
+
+@dataclass
+class TrainSettings:
+    """How long to train, and how often to speak, validate and save (all counts in optimizer steps)."""
+
+    total_steps: int
+    log_every: int = 100
+    ckpt_every: int = 5000
+    val_every: int = 0
+    keep_last: int = 0
+    seed: int = 0
+    accumulation: int = 1
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, batches_per_epoch: int) -> TrainSettings:
+        """From the flags of `utils.args.add_optimizer_args` and `add_run_args`."""
+        return cls(
+            total_steps=args.max_steps or args.epochs * batches_per_epoch,
+            log_every=args.log_every,
+            ckpt_every=args.ckpt_every,
+            val_every=args.val_every,
+            keep_last=args.keep_last,
+            seed=args.global_seed,
+            accumulation=args.gradient_accumulation_steps,
+        )
+
+
+@dataclass
+class Trainer:
+    """Runs `step` until `settings.total_steps`.
+
+    Args:
+        step: (micro-batches, step number) -> named scalar tensors; the first one is the loss that is watched.
+        stateful: name -> object with state_dict and load_state_dict; together they are the checkpoint.
+        extra: plain values that go into every checkpoint (the command's arguments).
+        validate: returns named numbers; called every `val_every` steps and at the end, on every rank.
+    """
+
+    run: RunFolder
+    logger: logging.Logger
+    device: torch.device
+    loader: DataLoader
+    step: Step
+    stateful: Mapping[str, Any]
+    settings: TrainSettings
+    extra: Mapping[str, Any]
+    validate: Callable[[], Mapping[str, float]] | None = None
+    steps_done: int = 0
+
+    def fit(self) -> None:
+        """Train to the end; the last state is always saved.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, once the state is saved.
+            ValueError: when the loss is no longer a finite number; nothing is saved then.
+        """
+        window, metrics = _Window(self.device), Metrics(self.run.path, self.steps_done)
+        with _StopRequest() as stop, self._progress_bar() as bar:
+            for number, batches in self._numbered_batches():
+                seed_step(self.settings.seed, number, get_rank())
+                window.add(self.step(batches, number))
+                self.steps_done = number
+                bar.update()
+                if self._due(self.settings.log_every):
+                    self._log(window, metrics, bar)
+                if self.validate and self._due(self.settings.val_every, at_end=True):
+                    self._validate(metrics)
+                stopping = self._should_stop(stop)
+                if stopping or self._due(self.settings.ckpt_every, at_end=True):
+                    self._finite_means(window)  # never replace a good checkpoint by a broken one
+                    self.save()
+                if stopping:
+                    self.logger.info(f"Stopped at step {number}; the same command continues from here.")
+                    raise Interrupted(stop.signum or signal.SIGTERM)
+        metrics.close()
+        if is_main():
+            mark_finished(self.run)
+        barrier()
+
+    def _numbered_batches(self) -> Iterator[tuple[int, list[Any]]]:
+        micro_batches = iter(self.loader) if self.steps_done < self.settings.total_steps else iter(())
+        for number in range(self.steps_done + 1, self.settings.total_steps + 1):
+            yield number, [next(micro_batches) for _ in range(self.settings.accumulation)]
+
+    def _due(self, every: int, at_end: bool = False) -> bool:
+        last = at_end and self.steps_done == self.settings.total_steps
+        return last or (every > 0 and self.steps_done % every == 0)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.settings.total_steps, initial=self.steps_done, unit="step", dynamic_ncols=True,
+            desc=self.run.path.name, disable=not is_main() or not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def _should_stop(self, stop: _StopRequest) -> bool:
+        # Asking the other GPUs makes the CPU wait for the step, so it is not done on each.
+        if dist.is_initialized() and self.device.type == "cuda" and self.steps_done % 10:
+            return False
+        return any_rank(stop.signum is not None, self.device)
+
+    def _log(self, window: _Window, metrics: Metrics, bar: tqdm) -> None:
+        means, speed = self._finite_means(window), window.steps_per_second()
+        window.reset()
+        loss = next(iter(means.values()))
+        remaining = (self.settings.total_steps - self.steps_done) / speed
+        self.logger.info(
+            f"(step={self.steps_done:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {speed:.2f}, "
+            f"ETA: {tqdm.format_interval(remaining)}"
+        )
+        metrics.write(self.steps_done, {**means, "steps_per_second": speed})
+        bar.set_postfix(loss=f"{loss:.4f}")
+
+    def _finite_means(self, window: _Window) -> dict[str, float]:
+        means = window.means()
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(
+                f"{bad[0]} is not a finite number at step {self.steps_done}; the last good checkpoint is "
+                f"{self.run.latest_checkpoint() or 'none'}. Try a lower --lr, --max-grad-norm 1.0 or "
+                f"--mixed-precision none"
+            )
+        return means
+
+    def _validate(self, metrics: Metrics) -> None:
+        values = self.validate()  # type: ignore[misc]
+        metrics.write(self.steps_done, {f"val/{name}": value for name, value in values.items()})
+        shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
+        self.logger.info(f"(step={self.steps_done:07d}) Validation {shown}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; rank 0 writes, all wait."""
+        if is_main():
+            content = {name: part.state_dict() for name, part in self.stateful.items()}
+            content |= {**self.extra, "steps": self.steps_done}
+            for path in self.run.save(content, self.steps_done, self.settings.keep_last):
+                self.logger.info(f"Saved checkpoint to {path}")
+        barrier()
+
+    def resume(
+        self, given: str | None = None, suggest: checkpoint.Suggest | None = None, restart: bool = False
+    ) -> int:
+        """Continue from the run's own newest checkpoint, else from the one `given`, else from scratch.
+
+        Every part that the checkpoint has is restored; parts that it lacks (released files hold weights alone) are
+        named in the log and start afresh. With `restart` (fine-tuning) the steps of a `given` checkpoint do not count.
+        `suggest` names the fitting model when the weights do not fit. Returns the number of steps done.
+        """
+        own = self.run.latest_checkpoint()
+        source = own or given
+        if source is None:
+            return 0
+        content = checkpoint.read(source)
+        for name, part in self.stateful.items():
+            self._restore(name, part, content, source, suggest)
+        if own or not restart:
+            self.steps_done = int(content.get("steps", max(checkpoint.step_of(source), 0)))
+        self.logger.info(f"Resume training from checkpoint: {source}, steps={self.steps_done}")
+        return self.steps_done
+
+    def _restore(self, name: str, part: Any, content: Mapping[str, Any], source: Any, suggest: Any) -> None:
+        if name in content and name != "model":
+            state = content[name]
+        elif name in ("model", "ema"):
+            state = checkpoint.state_dict_of(content, source)
+        else:
+            self.logger.info(f"{source} has no {name} state: it starts afresh")
+            return
+        if isinstance(part, torch.nn.Module):
+            checkpoint.fit(part, state, source, suggest)
+        else:
+            part.load_state_dict(state)
+
+
+class _Window:
+    """Sums named losses on the device between two log lines, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.started = 0, time.perf_counter()
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the losses of one step."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, device=self.device).detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the window and all ranks."""
+        if not self.sums:
+            return {}
+        totals = mean_over_ranks(torch.stack(list(self.sums.values()))) / self.count
+        return dict(zip(self.sums, totals.tolist()))
+
+    def steps_per_second(self) -> float:
+        """Speed since the window was opened."""
+        return self.count / max(time.perf_counter() - self.started, 1e-9)
+
+
+class _StopRequest:
+    """Notes SIGINT and SIGTERM inside the block instead of dying; a second SIGINT does die."""
+
+    signum: int | None = None
+
+    def __enter__(self) -> _StopRequest:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __exit__(self, *exc: Any) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
