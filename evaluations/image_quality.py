@@ -1,7 +1,7 @@
 """PSNR and SSIM of batches of images, with the definitions of scikit-image.
 
-SSIM (Wang et al., 2004) uses the uniform 7x7 window, sample covariances, and the mean over channels and over all
-windows that lie inside the image.
+SSIM (Wang et al., 2004) uses the uniform 7x7 window, sample covariances, and the mean over channels and over
+all windows that lie inside the image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ssim(images: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
     """
     _check_pair(images, reference)
     if min(images.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, found {tuple(images.shape)}")
+        raise ValueError(f"SSIM needs at least {WINDOW}x{WINDOW} pixels, found {tuple(images.shape)}")
     x, y = images.double(), reference.double()
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
@@ -47,8 +47,8 @@ def ssim(images: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
 def ssim_established(images: Tensor, reference: Tensor) -> Tensor:
     """SSIM of images in [0, 1] as LlamaGen's published tables measure it: with a data range of 2.
 
-    The doubled range raises the score a little (0.675 for the stride-16 tokenizer is this number). Report it only
-    beside published values; `ssim` is the correct one.
+    The doubled range raises the score a little (0.675 for the stride-16 tokenizer is this number). Report it
+    only beside published values; `ssim` is the correct one.
     """
     return ssim(images, reference, data_range=2.0)
 

@@ -1,8 +1,8 @@
 """The arithmetic of the generation metrics, on features that a network has already extracted.
 
-FID (Heusel et al., 2017), Inception Score (Salimans et al., 2016), improved precision and recall (Kynkaanniemi et
-al., 2019) and kernel distance (Binkowski et al., 2018). Everything takes and gives tensors or plain floats, and runs
-on the device of its inputs; statistics are float64 throughout.
+FID (Heusel et al., 2017), Inception Score (Salimans et al., 2016), improved precision and recall
+(Kynkaanniemi et al., 2019) and kernel distance (Binkowski et al., 2018). Everything takes tensors and gives
+tensors or plain floats, on the device of its inputs; statistics are float64 throughout.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class FeatureStatistics:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    Takes means (D,) and symmetric covariances (D, D). The trace of (S1 S2)^(1/2) is the sum of the singular values
-    of S1^(1/2) S2^(1/2), so no general matrix square root is needed and the result is always real.
+    Takes means (D,) and symmetric covariances (D, D). The trace of (S1 S2)^(1/2) is the sum of the singular
+    values of S1^(1/2) S2^(1/2), so no general matrix square root is needed and the result is always real.
     """
     mean1, covariance1, mean2, covariance2 = (
         torch.as_tensor(value).double() for value in (mean1, covariance1, mean2, covariance2)
@@ -83,8 +83,8 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 def frechet_distance_of_features(features1: Tensor, features2: Tensor) -> float:
     """The same distance between two feature sets (N1, D) and (N2, D).
 
-    A set with fewer rows than dimensions has a singular covariance; its centred rows are then used as the factor of
-    the covariance directly, which is exact where the square root of the covariance keeps only half of the digits.
+    A set with fewer rows than dimensions has a singular covariance; its centred rows are then used as the
+    factor of the covariance directly, which is exact where a square root keeps only half of the digits.
     """
     _check_same_width(features1, features2)
     return _frechet(*_mean_and_factor(features1), *_mean_and_factor(features2))
@@ -96,7 +96,7 @@ def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
         statistics.update(features)
         return statistics.mean, _square_root(statistics.covariance)
     if len(features) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 feature rows in each set, found {len(features)}")
+        raise ValueError(f"a Frechet distance needs at least 2 feature rows, found {len(features)}")
     features = features.detach().double()
     mean = features.mean(dim=0)
     return mean, (features - mean) / (len(features) - 1) ** 0.5
@@ -110,24 +110,24 @@ def _frechet(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2: Tensor) -> 
 
 
 def _square_root(covariance: Tensor) -> Tensor:
-    # Clamped at zero only: small eigenvalues are many, and dropping them by a relative threshold moves the FID.
+    # Clamped at zero only: small eigenvalues are many, and a relative threshold moves the FID.
     values, vectors = torch.linalg.eigh(covariance)
     return vectors.mul(values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def class_probabilities(features: Tensor, weights: Tensor) -> Tensor:
-    """Class probabilities (N, C), float64, from features (N, D) and the classifier (D, C), without its bias."""
+    """Class probabilities (N, C), float64, from features (N, D) and classifier weights (D, C), no bias."""
     return (features.double() @ weights.double()).softmax(dim=1)
 
 
 def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> float:
     """Mean over splits of exp(mean KL(p(y|x) || p(y))), from class probabilities (N, C).
 
-    Splits are consecutive rows; the last one may be shorter and counts like the others. A probability of zero adds
-    nothing to the sum, so the score stays finite.
+    Splits are consecutive rows; the last one may be shorter and counts like the others. A probability of zero
+    adds nothing to the sum, so the score stays finite.
     """
     if probabilities.ndim != 2 or len(probabilities) == 0:
-        raise ValueError(f"probabilities must have shape (N, C) with N >= 1, found {tuple(probabilities.shape)}")
+        raise ValueError(f"probabilities must be (N, C) with N >= 1, found {tuple(probabilities.shape)}")
     scores = [_split_score(split) for split in probabilities.double().split(split_size)]
     return torch.stack(scores).mean().item()
 
@@ -143,9 +143,10 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall of fake features (M, D) against real ones (N, D).
 
-    Precision is the share of fake points inside the manifold of the real ones, recall the share of real points
-    inside the manifold of the fake ones. A manifold is the union of balls around its points that reach to their
-    k-th nearest neighbour in the same set. `half` measures distances in float16 as the established evaluator does.
+    Precision is the share of fake points inside the manifold of the real ones, recall the share of real
+    points inside the manifold of the fake ones. A manifold is the union of balls around its points that reach
+    to their k-th nearest neighbour in the same set. `half` measures distances in float16, as the established
+    evaluator does.
 
     Raises:
         ValueError: when a set has no k-th neighbour or the widths differ.
@@ -166,12 +167,14 @@ def manifold_radii(
 ) -> Tensor:
     """Squared distance (N,), float32, from each row of (N, D) to its k-th nearest other row."""
     if len(features) <= k:
-        raise ValueError(f"a radius to neighbour {k} needs at least {k + 1} feature rows, found {len(features)}")
-    return torch.cat([_nearest(rows, features, k + 1, block_size, half) for rows in features.split(block_size)])
+        raise ValueError(f"neighbour {k} needs at least {k + 1} feature rows, found {len(features)}")
+    return torch.cat(
+        [_nearest(rows, features, k + 1, block_size, half) for rows in features.split(block_size)]
+    )
 
 
 def _nearest(rows: Tensor, features: Tensor, n: int, block_size: int, half: bool) -> Tensor:
-    """The n-th smallest distance of each row to all features, one column block at a time (each row is its own first)."""
+    """The n-th smallest distance (itself included) of each row to all features, block by block."""
     smallest = rows.new_empty((len(rows), 0), dtype=torch.float32)
     for columns in features.split(block_size):
         candidates = torch.cat([smallest, squared_distances(rows, columns, half)], dim=1)
@@ -242,6 +245,8 @@ def _unbiased_mmd(x: Tensor, y: Tensor) -> Tensor:
 def _check_features(features: Tensor) -> None:
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), found {tuple(features.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, found NaN or infinity")
 
 
 def _check_same_width(features1: Tensor, features2: Tensor) -> None:
@@ -258,3 +263,5 @@ def _check_statistics(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covaria
     shapes = [tuple(value.shape) for value in (mean1, covariance1, mean2, covariance2)]
     if shapes != [(d,), (d, d), (d,), (d, d)]:
         raise ValueError(f"expected mean (D,), covariance (D, D) twice with one D, found {shapes}")
+    if not (covariance1.isfinite().all() and covariance2.isfinite().all()):
+        raise ValueError("covariances must be finite, found NaN or infinity")

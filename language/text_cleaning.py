@@ -10,7 +10,6 @@ import html
 import re
 import urllib.parse
 import warnings
-from collections.abc import Iterable
 
 import ftfy
 from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
@@ -106,7 +105,7 @@ def _clean_once(text: str) -> str:
     return _apply(_ENDS, _apply(_CATALOGUE, text)).strip()
 
 
-def _apply(rules: Iterable[tuple[re.Pattern[str], str]], text: str) -> str:
+def _apply(rules: Rules, text: str) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text

@@ -131,3 +131,12 @@ def run_stack(x: Tensor, blocks: nn.ModuleList, attentions: nn.ModuleList) -> Te
         if attentions:
             x = attentions[i](x)
     return x
+
+
+def require_multiple(images: Tensor, stride: int) -> None:
+    """Raise ValueError where halving would lose rows or columns of (B, C, H, W) images."""
+    height, width = images.shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(
+            f"Height and width must be multiples of {stride}, but are {height} and {width}: crop or pad the image."
+        )

@@ -47,7 +47,7 @@ def row_chunks(rows: int, columns: int) -> int:
     return max(1, min(rows, _MAX_SCORES // columns))
 
 
-# An operator of its own: the compiler keeps it as one node, so the precision switch and the loop break no graph.
+# An operator of its own: the compiler keeps it whole, so the precision switch and the loop break no graph.
 @torch.library.custom_op("llamagen::nearest_codes", mutates_args=())
 def nearest_codes(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tensor:
     """Index of the nearest code of every vector.
@@ -60,7 +60,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tenso
     Returns:
         (N,) int64 in [0, K). No gradient passes.
     """
-    vectors, codebook = _at_least_float32(vectors), _at_least_float32(codebook)
+    vectors, codebook = at_least_float32(vectors), at_least_float32(codebook)
     nearest = []
     with full_float32(vectors.device.type):
         for chunk in vectors.split(row_chunks(len(vectors), len(codebook))):
@@ -76,7 +76,8 @@ def _(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tensor:
     return vectors.new_empty(len(vectors), dtype=torch.int64)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

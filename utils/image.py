@@ -20,7 +20,7 @@ from utils.files import write_atomic
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images (N, C, H, W) in [-1, 1] to pictures (N, H, W, C) uint8: trunc(clamp(127.5 x + 128, 0, 255)).
+    """Float images (N, C, H, W) in [-1, 1] to uint8 (N, H, W, C): trunc(clamp(127.5 x + 128, 0, 255)).
 
     Truncation is part of the published numbers, so it stays; `to_float` followed by this is the identity.
     """
@@ -35,21 +35,19 @@ def to_float(pictures: Tensor) -> Tensor:
 def resize_bicubic(images: Tensor, size: int, antialias: bool = False) -> Tensor:
     """Resize float images (N, C, H, W) to (N, C, size, size).
 
-    The published 384 -> 256 samples were shrunk without antialiasing, hence the default. Bicubic weights overshoot:
-    values may leave [-1, 1].
+    The published 384 -> 256 samples were shrunk without antialiasing, hence the default. Bicubic weights
+    overshoot: values may leave [-1, 1].
     """
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=antialias)
 
 
 def make_grid_image(images: Tensor, columns: int, padding: int = 2) -> Image.Image:
-    """One picture with all images (N, C, H, W) in [-1, 1], `columns` per row, black lines between and around them.
+    """One picture with all images (N, C, H, W) in [-1, 1], `columns` per row, black lines between and around.
 
-    A single image is returned without lines. Grey values are rounded to the nearest level, as in torchvision's grids.
+    A single image is returned without lines. Values are rounded to the nearest level, as torchvision does it.
     """
-    grid = make_grid(
-        images.float(), nrow=columns, padding=padding, normalize=True, value_range=(-1, 1)
-    )  # values in [0, 1]
-    pixels = grid.mul(255).add(0.5).clamp(0, 255).byte()
+    in_unit_range = make_grid(images.float(), columns, padding, normalize=True, value_range=(-1, 1))
+    pixels = in_unit_range.mul(255).add(0.5).clamp(0, 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
@@ -58,8 +56,8 @@ def save_png(
 ) -> None:
     """Write one picture, (H, W, 3) uint8 or a PIL image, as PNG; the file is whole or not there.
 
-    `metadata` becomes text chunks of the file (``PIL.Image.open(path).text``): strings as they are, everything else
-    as JSON.
+    `metadata` becomes text chunks of the file (``PIL.Image.open(path).text``): strings as they are,
+    everything else as JSON.
     """
     if isinstance(image, Tensor):
         image = image.cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 
 from tqdm import tqdm
@@ -70,6 +71,8 @@ class Metrics:
 
 
 def _summary_writer(folder: Path, from_step: int):
+    # With this name importable TensorBoard does not load TensorFlow, which takes seconds and many log lines.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # TensorBoard is a convenience; metrics.jsonl has everything

@@ -10,7 +10,7 @@ from autoregressive.models.text_condition import text_attention_mask
 
 
 class KVCache(nn.Module):
-    """Rotated keys, and values, of one block: `k_cache` and `v_cache` of shape (rows, heads, positions, head_dim)."""
+    """Rotated keys and values of one block: `k_cache`, `v_cache` (rows, heads, positions, head_dim)."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class KVCache(nn.Module):
         self.length = max_seq_length
 
     def update(self, input_pos: Tensor, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k_val` and `v_val` (B, heads, S, head_dim) at the positions `input_pos` (S,) of the first B rows.
+        """Store keys and values (B, heads, S, head_dim) of positions `input_pos` (S,) in the first B rows.
 
-        Returns views of the keys and values of these rows: the first `self.length` positions, which are all of them
-        unless the owner has set fewer.
+        Returns views of the keys and values of these rows: the first `self.length` positions, which are all
+        of them unless the owner has set fewer.
         """
         rows = k_val.shape[0]
         k_cache, v_cache = self.k_cache[:rows], self.v_cache[:rows]
@@ -43,9 +43,9 @@ class KVCache(nn.Module):
 class DecodeCache:
     """The caches of all blocks for one generation.
 
-    It belongs to whoever generates and is handed to `Transformer.forward`, so the model itself keeps no trace of it.
-    `length` counts the positions filled so far; attention reads these and no others. `key_mask` (rows, positions)
-    is False where a caption is padded; None if nothing is.
+    It belongs to whoever generates and is handed to `Transformer.forward`, so the model itself keeps no trace
+    of it. `length` counts the positions filled so far; attention reads these and no others. `key_mask` (rows,
+    positions) is False where a caption is padded; None means that nothing is.
     """
 
     def __init__(self, layers: list[KVCache], key_mask: Tensor | None = None) -> None:
@@ -64,15 +64,19 @@ class DecodeCache:
         key_mask: Tensor | None = None,
     ) -> DecodeCache:
         """Empty caches of exactly this size: 2 * n_layer * rows * positions * kv_heads * head_dim numbers."""
-        new = lambda: KVCache(rows, positions, config.kv_heads, config.head_dim, dtype, device)  # noqa: E731
-        return cls([new() for _ in range(config.n_layer)], key_mask)
+        shape = (rows, positions, config.kv_heads, config.head_dim)
+        return cls([KVCache(*shape, dtype, device) for _ in range(config.n_layer)], key_mask)
 
     def extend(self, rows: int, count: int) -> Tensor | None:
         """Take `count` more positions in; returns the mask (rows, 1, count, length) their queries need.
 
         None means that the usual rule suffices: causal for several positions, everything for a single one.
+        ValueError if the caches are full.
         """
         start, self.length = self.length, self.length + count
+        positions = self.layers[0].k_cache.shape[2]
+        if self.length > positions:
+            raise ValueError(f"the cache has {positions} positions, too few for {self.length}")
         for layer in self.layers:
             layer.length = self.length
         if self.key_mask is None and (start == 0 or count == 1):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def _drop_rows(count: int, prob: float, force_drop_ids: Tensor | None, device: torch.device) -> Tensor:
-    """Which of `count` samples lose their condition, bool (count,): at random, or exactly where forced to (1)."""
+    """Which samples lose their condition, bool (count,): at random, or exactly where forced to (1)."""
     if force_drop_ids is None:
         return torch.rand(count, device=device) < prob
     return force_drop_ids == 1
@@ -17,7 +17,8 @@ def _drop_rows(count: int, prob: float, force_drop_ids: Tensor | None, device: t
 class LabelEmbedder(nn.Module):
     """Class labels to one prefix token each.
 
-    The null class of classifier-free guidance is row `num_classes` of the table; it exists if `dropout_prob` > 0.
+    The null class of classifier-free guidance is row `num_classes` of the table; it exists if `dropout_prob`
+    > 0.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -27,7 +28,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Replace labels (B,) by the null class with probability `dropout_prob`, or where `force_drop_ids` is 1."""
+        """Replace labels (B,) by the null class with probability `dropout_prob`, or where forced to (1)."""
         drop = _drop_rows(labels.shape[0], self.dropout_prob, force_drop_ids, labels.device)
         return torch.where(drop, self.num_classes, labels)
 
@@ -60,8 +61,8 @@ class MLP(nn.Module):
 class CaptionEmbedder(nn.Module):
     """Caption features to prefix tokens.
 
-    `uncond_embedding` (token_num, in_channels) stands for "no caption". It is never trained. Its last row belongs to
-    the position just before the image, so a caption of T positions is replaced by its last T rows.
+    `uncond_embedding` (token_num, in_channels) is the empty caption. It is never trained. Its last row
+    belongs to the position just before the image, so a caption of T positions is replaced by its last T rows.
     """
 
     def __init__(self, in_channels: int, hidden_size: int, uncond_prob: float, token_num: int = 120) -> None:
@@ -71,19 +72,19 @@ class CaptionEmbedder(nn.Module):
         self.uncond_prob = uncond_prob
 
     def token_drop(self, caption: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Replace captions (B, T, C) by "no caption" with probability `uncond_prob`, or where forced to (1)."""
+        """Empty captions (B, T, C) with probability `uncond_prob`, or where forced to (1)."""
         drop = _drop_rows(caption.shape[0], self.uncond_prob, force_drop_ids, caption.device)
         return torch.where(drop[:, None, None], self.null_condition(caption), caption)
 
     def null_condition(self, caption: Tensor) -> Tensor:
-        """"No caption", shaped and typed like `caption` (B, T, C). ValueError if T exceeds the table."""
+        """The empty caption, shaped and typed like `caption` (B, T, C). ValueError if T exceeds the table."""
         rows, length = self.uncond_embedding.shape[0], caption.shape[1]
         if length > rows:
-            raise ValueError(f"the caption has {length} positions, but the unconditional embedding only {rows}")
+            raise ValueError(f"the caption has {length} positions, the unconditional embedding only {rows}")
         return self.uncond_embedding[rows - length :].to(caption.dtype).expand_as(caption)
 
     def forward(self, caption: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
-        """(B, T, in_channels) to (B, T, hidden_size). Captions are dropped in training, and wherever forced to."""
+        """(B, T, in_channels) to (B, T, hidden_size). Captions drop in training, and wherever forced to."""
         if (train and self.uncond_prob > 0) or force_drop_ids is not None:
             caption = self.token_drop(caption, force_drop_ids)
         return self.cap_proj(caption)

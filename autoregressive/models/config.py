@@ -75,15 +75,15 @@ class ModelArgs:
         if self.model_type not in ("c2i", "t2i"):
             raise ValueError(f"model_type is 'c2i' or 't2i', not {self.model_type!r}")
         if self.grid_size**2 != self.block_size:
-            raise ValueError(f"block_size {self.block_size} is not a square number: images are square token grids")
+            raise ValueError(f"block_size {self.block_size} is not a square number, as the token grid is")
         if self.dim % self.n_head:
             raise ValueError(f"dim {self.dim} is not divisible by n_head {self.n_head}")
         if self.head_dim % 4:
-            raise ValueError(f"dim / n_head is {self.head_dim}; the 2-D rotary embedding needs a multiple of 4")
+            raise ValueError(f"dim / n_head is {self.head_dim}; 2-D rotary embedding needs a multiple of 4")
         if self.kv_heads < 1 or self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.model_type == "c2i" and self.cls_token_num != 1:
-            raise ValueError(f"a class condition takes one position: cls_token_num is 1, not {self.cls_token_num}")
+            raise ValueError(f"a class takes one position: cls_token_num must be 1, not {self.cls_token_num}")
 
 
 # GPT-XS and GPT-S suit a laptop; the other eight are the published sizes.

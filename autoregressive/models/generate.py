@@ -1,7 +1,8 @@
 """Generation: prefill the condition, then decode one image token after another with a KV cache.
 
-With guidance the batch is [conditional; unconditional]. The unconditional half is computed only while it is used: the
-caches keep its rows, but once `cfg_interval` has passed the model runs on the conditional half alone.
+With guidance the batch is [conditional; unconditional]. The unconditional half is computed only while it is
+used: the caches keep its rows, but once `cfg_interval` has passed the model runs on the conditional half
+alone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def prefill(
 ) -> Tensor:
     """Draw the first token: int64 (B, 1).
 
-    `cond_idx` is the condition, with guidance [condition; null condition] (2B, ...); `input_pos` are its positions.
-    Without `cache` the model uses those of `setup_caches`.
+    `cond_idx` is the condition, with guidance [condition; null condition] (2B, ...); `input_pos` are its
+    positions. Without `cache` the model uses those of `setup_caches`.
     """
     logits, _ = model(None, cond_idx, input_pos, cache=cache, last_only=True)
     if uses_guidance(cfg_scale):
@@ -75,7 +76,7 @@ def decode_n_tokens(
     on_token: OnToken | None = None,
     **sampling_kwargs: Any,
 ) -> Tensor:
-    """Draw the tokens that follow `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, num_new_tokens)."""
+    """Draw the tokens after `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, new tokens)."""
     tokens = cur_token.new_empty(cur_token.shape[0], num_new_tokens)
     for step in range(num_new_tokens):
         guided = guided_at(step, cfg_interval)
@@ -105,25 +106,26 @@ def generate(
     """Generate image tokens, int32 (B, max_new_tokens).
 
     Args:
-        cond: class labels int64 (B,), or left-padded caption features (B, T, caption_dim), cut to `cls_token_num`.
+        cond: class labels int64 (B,), or left-padded caption features (B, T, caption_dim), of which the
+            first `cls_token_num` positions count.
         max_new_tokens: 1 to `block_size`.
         emb_masks: for captions (B, T), 1 on text and 0 on padding; default all text.
         cfg_scale: guidance scale; guidance is on above 1 and doubles the rows computed.
         cfg_interval: the last guided decode step, -1 for all. The first token is always guided.
-        generators: one random generator per image; image i then depends on generators[i] alone, not on the batch.
+        generators: one random generator per image; image i then depends on generators[i], not on the batch.
             Default: the global generator, one `torch.multinomial` over the batch per token.
         on_token: called after each token with its index, for a progress bar.
         sampling_kwargs: temperature, top_k, top_p, sample_logits of `sampling.sample`.
 
     The model computes in evaluation mode and is left as it was. ValueError for arguments that do not fit it.
     """
-    _check(model, cond, max_new_tokens, emb_masks, generators)
-    batch, prefix = cond.shape[0], model.cls_token_num
+    _check(model, cond, max_new_tokens, emb_masks)
+    batch, prefix, decoded = cond.shape[0], model.cls_token_num, max_new_tokens - 1
     if model.model_type == "t2i":
         cond = cond[:, :prefix].to(model.tok_embeddings.weight.dtype)
     if uses_guidance(cfg_scale):
         cond = with_null_condition(model, cond)
-    cache = _new_cache(model, cond, max_new_tokens, emb_masks)
+    cache = _new_cache(model, cond, decoded, emb_masks)
     options = {"cache": cache, "generators": generators, **sampling_kwargs}
     positions = torch.arange(prefix + 1, device=cond.device)
 
@@ -134,18 +136,14 @@ def generate(
         if on_token is not None:
             on_token(0)
         tokens[:, 1:] = decode_n_tokens(
-            model, first, positions[prefix:], max_new_tokens - 1, cfg_scale, cfg_interval, on_token=on_token, **options
+            model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, on_token=on_token, **options
         )
     return tokens
 
 
-def _check(
-    model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None, generators: Generators | None
-) -> None:
+def _check(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None) -> None:
     if not 1 <= max_new_tokens <= model.block_size:
         raise ValueError(f"max_new_tokens is 1 to {model.block_size} (block_size), not {max_new_tokens}")
-    if generators is not None and len(generators) != cond.shape[0]:
-        raise ValueError(f"expected one generator per image: {len(generators)} generators for {cond.shape[0]} images")
     if model.model_type == "c2i":
         _check_labels(cond, model.cls_embedding.embedding_table.num_embeddings, emb_masks)
     elif emb_masks is not None and emb_masks.shape != cond.shape[:2]:
@@ -161,9 +159,9 @@ def _check_labels(labels: Tensor, rows: int, emb_masks: Tensor | None) -> None:
         raise ValueError("emb_masks are for captions; a class label has none")
 
 
-def _new_cache(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None) -> DecodeCache:
-    """Caches that fit exactly: the last token is drawn but never fed."""
-    device, rows, fed = cond.device, cond.shape[0], max_new_tokens - 1
+def _new_cache(model: Transformer, cond: Tensor, fed: int, emb_masks: Tensor | None) -> DecodeCache:
+    """Caches for the condition and `fed` tokens: all but the last, which is drawn but never fed."""
+    device, rows = cond.device, cond.shape[0]
     dtype = model.tok_embeddings.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

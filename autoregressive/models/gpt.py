@@ -1,8 +1,9 @@
 """The GPT over image tokens: a Llama-style transformer after a condition prefix (a class or a caption).
 
-Position P - 1 + t predicts image token t, where P = `cls_token_num` positions hold the condition. The token itself is
-put in at position P + t and carries the rotary embedding of its own cell. The model is pure: it reads no files, takes
-no command-line arguments, knows no parallelism, and sampling leaves nothing behind in it.
+Position P - 1 + t predicts image token t, where P = `cls_token_num` positions hold the condition. The token
+itself is put in at position P + t and carries the rotary embedding of its own cell. The model is pure: it
+reads no files, takes no command-line arguments, knows no parallelism, and sampling leaves nothing behind in
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
         self.rotary = RotaryTable(config.grid_size, config.head_dim, config.rope_base, config.cls_token_num)
-        self.rotary.on(self.tok_embeddings.weight.device)
+        self.rotary.on(self._device)
         self.max_batch_size = self.max_seq_length = -1
         self.causal_mask: Tensor | None = None
         self._own_cache: DecodeCache | None = None
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Normal weights of standard deviation `initializer_range`; a zero head, so the first loss is ln(V)."""
+        """Normal weights of deviation `initializer_range`; a zero head, so that the first loss is ln(V)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -68,7 +69,11 @@ class Transformer(nn.Module):
     @property
     def freqs_cis(self) -> Tensor:
         """Rotary table: float32 (cls_token_num + block_size, head_dim / 2, 2), where the weights are."""
-        return self.rotary.on(self.tok_embeddings.weight.device)
+        return self.rotary.on(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def get_fsdp_wrap_module_list(self) -> list[nn.Module]:
         """The blocks: the units to shard, compile or checkpoint."""
@@ -77,15 +82,15 @@ class Transformer(nn.Module):
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         """Give the model caches of fixed shape, for code that decodes step by step through `forward` alone.
 
-        They serve calls that leave out `idx` or `cond_idx` and bring no `cache`. Attention then reads all positions
-        (`max_seq_length` rounded up to a multiple of 8) through `causal_mask` (rows, positions, positions), bool,
-        which the caller may narrow. Neither is part of the module tree or the state dict.
+        They serve calls that leave out `idx` or `cond_idx` and bring no `cache`. Attention then reads all
+        positions (`max_seq_length` rounded up to a multiple of 8) through `causal_mask` (rows, positions,
+        positions), bool, which the caller may narrow. Neither is part of the module tree or the state dict.
         """
-        device = self.tok_embeddings.weight.device
-        self.max_batch_size, self.max_seq_length = max_batch_size, find_multiple(max_seq_length, 8)
-        self._own_cache = DecodeCache.allocate(self.config, max_batch_size, self.max_seq_length, dtype, device)
-        square = torch.ones(self.max_seq_length, self.max_seq_length, dtype=torch.bool, device=device)
-        self.causal_mask = square.tril().repeat(max_batch_size, 1, 1)
+        rows, positions, device = max_batch_size, find_multiple(max_seq_length, 8), self._device
+        self.max_batch_size, self.max_seq_length = rows, positions
+        self._own_cache = DecodeCache.allocate(self.config, rows, positions, dtype, device)
+        square = torch.ones(positions, positions, dtype=torch.bool, device=device)
+        self.causal_mask = square.tril().repeat(rows, 1, 1)
 
     def forward(
         self,
@@ -100,13 +105,15 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Float32 logits (B, positions, V), and the loss if `targets` are given.
 
-        `idx` int64 (B, n) are image tokens, `cond_idx` labels int64 (B,) or caption features (B, T, caption_dim) with
-        T >= cls_token_num, cut to that. Both: a full forward over P + n positions; `cond_idx` alone: prefill;
-        `idx` alone: decoding. `input_pos` int64 (positions,) says where they stand (default: 0, 1, ... or, with a
-        `cache`, behind what it holds). `mask` is bool (B, 1, positions, keys), True = may attend; default causal.
+        `idx` int64 (B, n) are image tokens, `cond_idx` labels int64 (B,) or caption features (B, T,
+        caption_dim) with T >= cls_token_num, cut to that. Both: a full forward over P + n positions;
+        `cond_idx` alone: prefill; `idx` alone: decoding. `input_pos` int64 (positions,) says where they stand
+        (default: 0, 1, ... or, with a `cache`, behind what it holds). `mask` is bool (B, 1, positions, keys),
+        True = may attend; default causal.
 
-        A full forward returns the n + 1 logits that predict image tokens, from position P - 1 on; in evaluation mode,
-        with explicit `input_pos` and without `targets`, those of all positions. `last_only` keeps the last one.
+        A full forward returns the n + 1 logits that predict image tokens, from position P - 1 on; in
+        evaluation mode, with `input_pos` or `cache` and without `targets`, those of all positions.
+        `last_only` keeps the last one.
 
         `targets` (B, N) gives the mean cross entropy; with `valid` (B,), 1 or 0, over the valid samples alone
         (0 if there is none).
@@ -149,8 +156,8 @@ class Transformer(nn.Module):
         h = torch.cat(parts, dim=1) if len(parts) == 2 else parts[0]
         if h.shape[1] > self.cls_token_num + self.block_size:
             raise ValueError(
-                f"{h.shape[1]} positions are too many: the model has {self.cls_token_num} for the condition and "
-                f"{self.block_size} for the image"
+                f"{h.shape[1]} positions are too many: the model has {self.cls_token_num} for the condition "
+                f"and {self.block_size} for the image"
             )
         return self.tok_dropout(h)
 
@@ -160,20 +167,22 @@ class Transformer(nn.Module):
             return cond
         if cond.ndim != 3 or cond.shape[1] < self.cls_token_num or cond.shape[2] != self.config.caption_dim:
             raise ValueError(
-                f"expected caption features (batch, {self.cls_token_num}, {self.config.caption_dim}), left-padded to "
-                f"cls_token_num positions; got {tuple(cond.shape)}"
+                f"expected caption features (batch, {self.cls_token_num}, {self.config.caption_dim}), "
+                f"left-padded to cls_token_num positions; got {tuple(cond.shape)}"
             )
         return cond[:, : self.cls_token_num]
 
-    def _fixed_shape_cache(self, rows: int, input_pos: Tensor | None, mask: Tensor | None):
+    def _fixed_shape_cache(
+        self, rows: int, input_pos: Tensor | None, mask: Tensor | None
+    ) -> tuple[DecodeCache, Tensor]:
         """The caches of `setup_caches`, and the mask of the positions at hand over all their positions."""
         if self._own_cache is None or self.causal_mask is None or input_pos is None:
-            raise ValueError("prefill and decoding need a cache and positions: pass cache=, or call setup_caches()")
+            raise ValueError("prefill and decoding need cache=, or setup_caches() and input_pos=")
         return self._own_cache, self.causal_mask[:rows, None, input_pos] if mask is None else mask
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)
-        self.rotary.on(self.tok_embeddings.weight.device)  # so that a compiled forward finds the table made
+        self.rotary.on(self._device)  # so that a compiled forward finds the table made
         return self
 
 
@@ -201,7 +210,7 @@ def _drop_foreign_keys(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 def size_factories(model_class: Callable[[ModelArgs], Any]) -> dict[str, Callable[..., Any]]:
-    """One function per named size. Each takes `ModelArgs` fields as keywords, but not those the size fixes."""
+    """One function per named size, which takes the other `ModelArgs` fields as keywords."""
 
     def factory(size: str) -> Callable[..., Any]:
         def build(**fields: Any) -> Any:

@@ -1,6 +1,7 @@
 """The GPT with the Hugging Face hub's `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
-A saved folder holds `model.safetensors` with the keys of `Transformer` and `config.json` with the `ModelArgs` fields.
+A saved folder holds `model.safetensors` with the keys of `Transformer` and `config.json` with the `ModelArgs`
+fields.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ from autoregressive.models.gpt import ModelArgs, Transformer, size_factories
 class TransformerHF(Transformer, PyTorchModelHubMixin, tags=["image-generation", "autoregressive"]):
     """`Transformer` that can be saved to, and loaded from, a folder or a hub repository."""
 
-    # The mixin rebuilds the configuration from the type written here, so it has to be the class, not its name:
-    # this file does without postponed annotations.
+    # The mixin rebuilds the configuration from the type written here, so it has to be the class and not its
+    # name: this file does without postponed annotations.
     def __init__(self, config: ModelArgs) -> None:
         super().__init__(config)
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: every image is also predicted without its condition, and the difference is amplified."""
+"""Classifier-free guidance: images are also predicted without condition, and the difference is amplified."""
 
 from __future__ import annotations
 

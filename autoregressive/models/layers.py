@@ -69,9 +69,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, S, dim) to (B, S, dim).
 
-        `freqs_cis` holds the rotary rows of the S positions. With a `cache`, the new keys and values are stored at
-        `input_pos` (S,) and attention reads the cached ones. `mask` is bool, True = may attend, broadcastable to
-        (B, heads, S, keys); without it several positions attend causally and a single one to everything.
+        `freqs_cis` holds the rotary rows of the S positions. With a `cache`, the new keys and values are
+        stored at `input_pos` (S,) and attention reads the cached ones. `mask` is bool, True = may attend,
+        broadcastable to (B, heads, S, keys); without it several positions attend causally and a single one to
+        everything.
         """
         q, k, v = self._project(x, freqs_cis)
         if cache is not None:
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
     def _project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, n_head, S, head_dim), keys and values (B, n_kv_head, S, head_dim), rotated where due."""
+        """Rotated queries (B, n_head, S, head_dim) and keys, and values, (B, n_kv_head, S, head_dim)."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         rotated = apply_rotary_emb(heads[:, :, : self.n_head + self.n_kv_head], freqs_cis).transpose(1, 2)
         v = heads[:, :, self.n_head + self.n_kv_head :].transpose(1, 2)
@@ -96,7 +97,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), both with stochastic depth at rate `drop_path`."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); `drop_path` is the stochastic depth of both."""
 
     def __init__(self, config: ModelArgs, drop_path: float) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """Rotary position embedding over the two-dimensional token grid.
 
-A token at row r and column c turns its channel pairs by the angles [r*f_0, ..., r*f_last, c*f_0, ..., c*f_last]: the
-first half of the pairs tells the row, the second half the column. The positions of the condition have all-zero table
-rows, so their queries and keys vanish: every condition token is attended to with score 0. Checkpoints depend on it.
+A token at row r and column c turns its channel pairs by the angles [r*f_0, ..., r*f_last, c*f_0, ...,
+c*f_last]: the first half of the pairs tells the row, the second half the column. The positions of the
+condition have all-zero table rows, so their queries and keys vanish: every condition token is attended to
+with score 0. Checkpoints depend on it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def precompute_freqs_cis_2d(
     cls_token_num: int = 120,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The table of the model for heads of width `n_elem`: float32 (cls_token_num + grid_size^2, n_elem / 2, 2).
+    """The table of the model for heads of width `n_elem`: float32 (cls_token_num + grid_size^2, n_elem / 2,
+    2).
 
     The last axis is (cos, sin); the grid is in raster order. ValueError unless `n_elem` is a multiple of 4.
     """
@@ -68,8 +70,8 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class RotaryTable:
     """The table of one model, on the device where it is asked for.
 
-    It is no module and no buffer: it stays out of the state dict, stays float32 when the model is cast, and a model
-    that was made on the meta device finds it on the device of its weights.
+    It is no module and no buffer: it stays out of the state dict, stays float32 when the model is cast, and a
+    model that was made on the meta device finds it on the device of its weights.
     """
 
     def __init__(self, grid_size: int, head_dim: int, base: float, cls_token_num: int) -> None:

@@ -19,9 +19,9 @@ def top_k_top_p_filtering(
 ) -> Tensor:
     """A copy of `logits` (..., V) in which the tokens outside top-k, then outside top-p, are `filter_value`.
 
-    `top_k` 0 or None and `top_p` 1 keep everything. Ties at the k-th place are all kept. Top-p keeps the best tokens
-    up to and including the one that takes their probability over `top_p`, and never fewer than the best.
-    With `min_tokens_to_keep` m > 1, top-p keeps m + 1 tokens: the established samplers do.
+    `top_k` 0 or None and `top_p` 1 keep everything. Ties at the k-th place are all kept. Top-p keeps the best
+    tokens up to and including the one that takes their probability over `top_p`, and never fewer than the
+    best. With `min_tokens_to_keep` m > 1, top-p keeps m + 1 tokens: the established samplers do.
     """
     if top_k is not None and top_k > 0:
         count = min(max(top_k, min_tokens_to_keep), logits.shape[-1])
@@ -46,14 +46,17 @@ def logits_to_probs(
 def draw(probs: Tensor, generators: Generators | None = None) -> Tensor:
     """One token per row of `probs` (B, V): int64 (B, 1).
 
-    Without `generators` this is one `torch.multinomial` from the global generator. With one generator per row, row i
-    draws from its own alone, whatever the other rows are: token = argmax of p / e with e exponentially distributed,
-    which is also what `torch.multinomial` does with that generator. They may live on another device than `probs`.
+    Without `generators` this is one `torch.multinomial` from the global generator. With one generator per
+    row, row i draws from its own alone, whatever the other rows are: token = argmax of p / e with e
+    exponentially distributed, which is also what `torch.multinomial` does with that generator. They may live
+    on another device than `probs`.
     """
     if generators is None:
         return torch.multinomial(probs, num_samples=1)
     if len(generators) != probs.shape[0]:
-        raise ValueError(f"expected one generator per image: {len(generators)} generators for {probs.shape[0]} images")
+        raise ValueError(
+            f"expected one generator per image, got {len(generators)} for {probs.shape[0]} images"
+        )
     noise = [torch.empty_like(probs[0], device=g.device).exponential_(generator=g) for g in generators]
     return (probs / torch.stack(noise).to(probs.device)).argmax(dim=-1, keepdim=True)
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from dataset.augmentation import extraction_transform
 from dataset.build import build_dataset
-from dataset.codes import CodeFolder
+from dataset.codes import CodeFolder, write_codes
+from dataset.images import NumberedImages, collate_numbered
 from tokenizer.build import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads, num_workers
@@ -32,21 +33,26 @@ def extract(args: argparse.Namespace) -> None:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}")
         images = build_dataset(args, transform=extraction_transform(args.image_size, args.ten_crop, args.crop_range))
         _claim_folder(Path(args.code_path), args, images)
-        codes = CodeFolder(Path(args.code_path), args.dataset, args.image_size)
-        mine = range(get_rank(), len(images), get_world_size())
-        missing = [index for index in mine if not codes.has(index)]
-        loader = DataLoader(
-            Subset(_Indexed(images), missing), batch_size=args.batch_size,
-            num_workers=num_workers(args, read_launch().local_size),
-        )  # fmt: skip
-        with tqdm(total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not is_main()) as bar:
-            for indices, crops, labels in loader:
-                for index, rows, label in zip(indices, encode_crops(tokenizer, crops.to(device)), labels):
-                    codes.write(int(index), rows.cpu().numpy(), int(label))
-                bar.update(len(indices))
+        _extract_missing(args, tokenizer, NumberedImages(images), device)
         barrier()
-        if is_main():
-            print(f"{len(images)} images: codes are in {args.code_path}", file=sys.stderr)
+
+
+def _extract_missing(args: argparse.Namespace, tokenizer: VQModel, images: NumberedImages, device: torch.device) -> None:
+    folder = CodeFolder.named(args.code_path, args.dataset, args.image_size)
+    mine = range(get_rank(), len(images), get_world_size())
+    missing = [index for index in mine if not folder.has(index)]
+    loader = DataLoader(
+        Subset(images, missing), batch_size=args.batch_size, collate_fn=collate_numbered,
+        num_workers=num_workers(args, read_launch().local_size),
+    )  # fmt: skip
+    with tqdm(total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not is_main()) as bar:
+        for batch in filter(None, loader):
+            indices, crops, labels = batch
+            for index, rows, label in zip(indices.tolist(), encode_crops(tokenizer, crops.to(device)), labels.tolist()):
+                write_codes(folder, index, rows, label)
+            bar.update(len(indices))
+    if len(images.bad):
+        print(f"{len(images.bad)} images could not be read and have no codes: {images.bad.indices()}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -56,17 +62,6 @@ def encode_crops(tokenizer: VQModel, crops: Tensor) -> Tensor:
     with torch.autocast(crops.device.type, enabled=False):
         _, _, (_, _, indices) = tokenizer.encode(crops.flatten(0, 1).float())
     return indices.view(batch, views, -1)
-
-
-class _Indexed(torch.utils.data.Dataset):
-    """Items of an image data set with their index in front."""
-
-    def __init__(self, images: Any) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, int]:
-        crops, label = self.images[index]
-        return index, crops, int(label)
 
 
 def _claim_folder(folder: Path, args: argparse.Namespace, images: Any) -> None:

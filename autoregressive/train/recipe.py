@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.build import build_gpt, describe_weights, latent_grid
 from autoregressive.models.gpt import Transformer
-from autoregressive.train.validation import likelihood
+from autoregressive.train.validation import FirstViews, likelihood
 from dataset.build import build_dataset
-from dataset.codes import CheckedCodes
 from dataset.sampler import training_loader
 from utils.args import apply_threads
 from utils.distributed import data_parallel, process_group
@@ -29,7 +28,7 @@ from utils.schedule import lr_factor
 from utils.seeding import seed_step
 from utils.trainer import Trainer, TrainSettings
 
-Batch = tuple[Tensor, Tensor]  # codes (B, N) int64, labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # codes (B, 1, N) int64, labels (B, 1) int64
 
 
 def train(args: argparse.Namespace) -> None:
@@ -84,10 +83,20 @@ def dropout_fields(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def code_dataset(args: argparse.Namespace, code_path: str) -> CheckedCodes:
-    """Codes and labels under `code_path`, each item checked against the model's vocabulary, grid and classes."""
-    args = argparse.Namespace(**{**vars(args), "code_path": code_path})
-    return CheckedCodes(build_dataset(args), latent_grid(args) ** 2, args.vocab_size, args.num_classes)
+def code_dataset(args: argparse.Namespace, code_path: str) -> Dataset:
+    """Codes and labels under `code_path`; each item is checked against the vocabulary and the classes when it is read.
+
+    Raises:
+        ValueError: when the codes are of another grid than --image-size and --downsample-size say.
+    """
+    codes = build_dataset(argparse.Namespace(**{**vars(args), "code_path": code_path}))
+    grid = latent_grid(args)
+    if codes.num_tokens != grid**2:
+        raise ValueError(
+            f"{code_path} holds {codes.num_tokens} codes an image; --image-size {args.image_size} with "
+            f"--downsample-size {args.downsample_size} makes {grid} x {grid} = {grid**2}"
+        )
+    return codes
 
 
 def make_optimizers(model: Transformer, args: argparse.Namespace, device: torch.device) -> Optimizers:
@@ -136,6 +145,7 @@ class TrainStep:
 
     def _backward(self, batch: Batch, parts: int, last: bool) -> Tensor:
         codes, labels = (x.to(self.device, non_blocking=True) for x in batch)
+        codes, labels = codes.flatten(1), labels.flatten()
         alone = not hasattr(self.wrapped, "no_sync")
         with contextlib.nullcontext() if last or alone else self.wrapped.no_sync():
             with autocast(self.device, self.args.mixed_precision):
@@ -147,5 +157,5 @@ class TrainStep:
 def _validator(args: argparse.Namespace, model: Transformer, device: torch.device):
     if not args.val_code_path:
         return None
-    loader = DataLoader(code_dataset(args, args.val_code_path).first_views(), batch_size=64)
+    loader = DataLoader(FirstViews(code_dataset(args, args.val_code_path)), batch_size=64)
     return lambda: likelihood(model, loader, device, args.mixed_precision)

@@ -52,8 +52,10 @@ def revive_dead_codes(
         How many codes were moved.
     """
     if used.dtype != torch.bool or tuple(used.shape) != (quantizer.n_e,):
-        raise ValueError(f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of "
-                         f"shape {tuple(used.shape)}.")
+        raise ValueError(
+            f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of "
+            f"shape {tuple(used.shape)}."
+        )
     weight = quantizer.embedding.weight
     dead = ~used.to(weight.device)
     count = int(dead.sum())
@@ -63,7 +65,7 @@ def revive_dead_codes(
 
 def _prepare(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
     if latents.ndim != 2 or latents.shape[1] != quantizer.e_dim or not len(latents):
-        raise ValueError(f"latents must be (N, {quantizer.e_dim}) with N > 0, but are {tuple(latents.shape)}.")
+        raise ValueError(f"latents must be (N > 0, {quantizer.e_dim}), but are {tuple(latents.shape)}.")
     latents = latents.to(quantizer.embedding.weight.device, torch.float32)
     return F.normalize(latents, dim=-1) if quantizer.l2_norm else latents
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ class LPIPS(nn.Module):
     """Perceptual distance of two image batches. Frozen, and always in evaluation mode.
 
     Args:
-        use_dropout: keep the dropout in front of the linear layers (never active; it names the state-dict keys).
+        use_dropout: put dropout before the linear layers. Never active, but it shifts their state-dict keys.
         pretrained: load the published weights; off leaves them at random.
         weights_path: state dict of torchvision's vgg16, for machines that cannot download it.
     """
@@ -136,17 +138,14 @@ class vgg16(nn.Module):
         self, requires_grad: bool = False, pretrained: bool = True, weights_path: str | Path | None = None
     ) -> None:
         super().__init__()
-        index, before = 0, 3
+        before, indices = 3, count()
         for n, (width, convs) in enumerate(zip(_TAP_CHANNELS, _CONVS_PER_SLICE), start=1):
             layers: list[nn.Module] = [] if n == 1 else [nn.MaxPool2d(2, 2)]
             for _ in range(convs):
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
                 before = width
-            vgg_slice = nn.Sequential()
-            for index, layer in enumerate(layers, start=index):
-                vgg_slice.add_module(str(index), layer)
-            index += 1
-            self.add_module(f"slice{n}", vgg_slice)
+            named = OrderedDict((str(next(indices)), layer) for layer in layers)
+            self.add_module(f"slice{n}", nn.Sequential(named))
         if pretrained:
             self._load_trunk(weights_path)
         self.requires_grad_(requires_grad)

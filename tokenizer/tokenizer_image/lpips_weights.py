@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,6 +21,7 @@ URL_MAP = {"vgg_lpips": "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b
 CKPT_MAP = {"vgg_lpips": "vgg.pth"}
 MD5_MAP = {"vgg_lpips": "d507d7349b931f0638a25a48a722f98a"}
 
+VGG_URL = "https://download.pytorch.org/models/"
 VGG_FILE = "vgg16-397923af.pth"
 
 
@@ -32,14 +34,11 @@ def download(url: str, local_path: str | Path, timeout: float = 30.0) -> None:
     """Fetch `url` into `local_path`, which appears only when complete. Raises OSError where that fails."""
     local_path = Path(local_path)
     local_path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=local_path.parent, prefix=f".{local_path.name}.")
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as source, os.fdopen(descriptor, "wb") as target:
-            while block := source.read(1 << 20):
-                target.write(block)
+    with tempfile.TemporaryDirectory(dir=local_path.parent) as folder:
+        partial = Path(folder) / local_path.name
+        with urllib.request.urlopen(url, timeout=timeout) as source, open(partial, "wb") as target:
+            shutil.copyfileobj(source, target)
         os.replace(partial, local_path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def get_ckpt_path(name: str = "vgg_lpips", root: str | Path | None = None) -> Path:
@@ -59,12 +58,14 @@ def get_ckpt_path(name: str = "vgg_lpips", root: str | Path | None = None) -> Pa
         download(URL_MAP[name], path)
     except OSError as error:
         raise ValueError(
-            f"The linear LPIPS weights are missing ({error}): install the PyPI package 'lpips', or put its file "
-            f"weights/v0.1/vgg.pth at {path}."
+            f"The linear LPIPS weights are missing ({error}): install the PyPI package 'lpips', or put "
+            f"its file weights/v0.1/vgg.pth at {path}."
         ) from error
     if md5_hash(path) != MD5_MAP[name]:
         path.unlink()
-        raise ValueError(f"{URL_MAP[name]} no longer holds the LPIPS weights: install the PyPI package 'lpips'.")
+        raise ValueError(
+            f"{URL_MAP[name]} did not give the linear LPIPS weights: install the PyPI package 'lpips'."
+        )
     return path
 
 
@@ -88,7 +89,10 @@ def vgg16_features(weights_path: str | Path | None = None) -> dict[str, Tensor]:
     Args:
         weights_path: state dict of torchvision's vgg16; None takes torchvision's copy, downloaded once.
     """
-    state = torch.load(weights_path, map_location="cpu", weights_only=True) if weights_path else _torchvision_vgg16()
+    if weights_path:
+        state = torch.load(weights_path, map_location="cpu", weights_only=True)
+    else:
+        state = _torchvision_vgg16()
     features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
     if not features:
         raise ValueError(f"{weights_path} must hold torchvision's vgg16 (keys 'features.0.weight', ...).")
@@ -103,7 +107,7 @@ def _torchvision_vgg16() -> dict[str, Tensor]:
     except OSError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ValueError(
-            f"The perceptual loss needs torchvision's VGG16 weights, which could not be downloaded ({error}): "
-            f"put {VGG_FILE} (https://download.pytorch.org/models/{VGG_FILE}) into {folder}, name the file with "
-            "--vgg-path, or switch the loss off with --perceptual-weight 0."
+            f"The perceptual loss needs torchvision's VGG16 weights, which cannot be downloaded ({error}): "
+            f"put {VGG_URL}{VGG_FILE} into {folder} or name that file with --vgg-path, or do without it by "
+            "--perceptual-weight 0."
         ) from error

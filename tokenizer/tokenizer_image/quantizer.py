@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer.nearest import lookup, nearest_codes, row_chunks
+from tokenizer.nearest import at_least_float32, lookup, nearest_codes, row_chunks
 
 USAGE_WINDOW = 65_536
 ENTROPY_TEMPERATURE = 0.01
@@ -60,7 +60,7 @@ class VectorQuantizer(nn.Module):
             mode the losses are None and the usage is 0.
         """
         with torch.autocast(z.device.type, enabled=False):
-            latents = z.permute(0, 2, 3, 1).to(torch.promote_types(z.dtype, torch.float32))
+            latents = at_least_float32(z.permute(0, 2, 3, 1))
             codebook = self.embedding.weight.to(latents.dtype)
             if self.l2_norm:
                 latents, codebook = F.normalize(latents, dim=-1), F.normalize(codebook, dim=-1)
@@ -78,9 +78,9 @@ class VectorQuantizer(nn.Module):
     def get_codebook_entry(
         self, indices: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
     ) -> Tensor:
-        """Codes of the given indices (unit-length where the quantizer is), laid out by `tokenizer.nearest.lookup`.
+        """Codes of the given indices, unit-length with `l2_norm`, laid out by `tokenizer.nearest.lookup`.
 
-        `shape` is (B, D, H, W), or (B, H, W, D) with `channel_first` off; None gives ``indices.shape + (D,)``.
+        `shape` is (B, D, H, W), or (B, H, W, D) without `channel_first`; None gives ``indices.shape + (D,)``.
         Raises IndexError for an index that is negative or too large.
         """
         codebook = self.embedding.weight

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset.augmentation import eval_transform, train_transform
 from dataset.build import build_dataset
+from dataset.images import SkipBad
 from dataset.sampler import Draw, SeededItems, training_loader
 from tokenizer.build import build_tokenizer, describe_weights
 from tokenizer.tokenizer_image.codebook import kmeans_init, revive_dead_codes
@@ -39,9 +40,9 @@ def train(args: argparse.Namespace) -> None:
     apply_threads(args)
     allow_tf32()
     with process_group(args.device) as device:
-        images = build_dataset(args, transform=train_transform(args.image_size))
+        images = SkipBad(build_dataset(args, transform=train_transform(args.image_size)))
         seed_step(args.global_seed, 0, 0)  # equal initial weights on all ranks and in all restarts
-        model = new_model(args).to(device)
+        model = new_model(args).to(device, memory_format=torch.channels_last)
         if args.image_size % model.stride:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of the stride {model.stride} of {args.vq_model}")
         run = open_run(args, args.vq_model)
@@ -135,7 +136,8 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]], number: int) -> Mapping[str, Tensor]:
         args = self.args
-        images = [batch[0].to(self.device, non_blocking=True) for batch in batches]
+        layout = {"memory_format": torch.channels_last, "non_blocking": True}
+        images = [batch[0].to(self.device, **layout) for batch in batches]
         factor = lr_factor(number, self.total_steps, args.lr_schedule, args.warmup_steps, args.lr_floor)
         self.wrapped.train()
         self._tend_codebook(images[-1], number)

@@ -64,11 +64,12 @@ class VQLoss(nn.Module):
         image_size: side of the images, needed by 'stylegan'.
         disc_in_channels: image channels.
         disc_weight: weight of the adversarial terms, on both sides.
-        disc_adaptive_weight: balance the adversarial gradient with the reconstruction gradient at `last_layer`.
+        disc_adaptive_weight: scale the adversarial gradient at `last_layer` to the reconstruction gradient.
         reconstruction_loss: 'l2', 'l1' or 'l1+l2', averaged over all elements.
         codebook_weight: weight of the sum of the quantizer's three losses.
         gradient_weight: weight of the L1 distance of neighbouring-pixel differences, which keeps edges sharp.
-        perceptual_network: what measures the perceptual loss; by default LPIPS with its published weights.
+        vgg_path: state dict of torchvision's vgg16 for LPIPS; None downloads it.
+        lpips_pretrained: off leaves LPIPS at random weights, to be filled from a state dict.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class VQLoss(nn.Module):
         codebook_weight: float = 1.0,
         perceptual_weight: float = 1.0,
         gradient_weight: float = 0.0,
-        perceptual_network: nn.Module | None = None,
+        vgg_path: str | None = None,
+        lpips_pretrained: bool = True,
     ) -> None:
         super().__init__()
         self.disc_loss = _choose("disc_loss", disc_loss, DISCRIMINATOR_LOSSES)
@@ -101,7 +103,9 @@ class VQLoss(nn.Module):
             self.discriminator = NLayerDiscriminator(disc_in_channels, disc_dim, disc_num_layers)
         elif disc_weight:
             self.discriminator = StyleGANDiscriminator(disc_in_channels, image_size=image_size)
-        self.perceptual_loss = (perceptual_network or LPIPS()) if perceptual_weight else None
+        self.perceptual_loss: nn.Module | None = None
+        if perceptual_weight:
+            self.perceptual_loss = LPIPS(pretrained=lpips_pretrained, weights_path=vgg_path)
         self.disc_start = disc_start
         self.disc_weight = disc_weight
         self.disc_adaptive_weight = disc_adaptive_weight
@@ -125,13 +129,13 @@ class VQLoss(nn.Module):
         last_layer: Tensor | None = None,
         logger: logging.Logger | None = None,
         log_every: int = 100,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The loss of one side, 0-d; its parts are left in `terms`.
 
         Args:
             codebook_loss: vq, commitment and entropy loss and usage, from the quantizer in training mode.
             inputs, reconstructions: (B, C, H, W) in [-1, 1].
-            optimizer_idx: 0 for the tokenizer, 1 for the discriminator.
+            optimizer_idx: 0 for the tokenizer, 1 for the discriminator; anything else has no loss, None.
             global_step: number of this step, from 1 on; adversarial terms are active from `disc_start` on.
             last_layer: ``decoder.last_layer``, needed with `disc_adaptive_weight`.
             logger: gets a line with all terms whenever `global_step` is a multiple of `log_every`.
@@ -142,7 +146,7 @@ class VQLoss(nn.Module):
         elif optimizer_idx == 1:
             loss = self._discriminator_loss(inputs, reconstructions, global_step)
         else:
-            raise ValueError(f"optimizer_idx must be 0 (tokenizer) or 1 (discriminator), but is {optimizer_idx}.")
+            return None
         if logger is not None and global_step % log_every == 0:
             side = "Generator" if optimizer_idx == 0 else "Discriminator"
             logger.info(f"({side}) " + ", ".join(f"{name}: {term:.4f}" for name, term in self.terms.items()))
@@ -161,14 +165,12 @@ class VQLoss(nn.Module):
         names = ("vq_loss", "commit_loss", "entropy_loss")
         terms |= {name: self.codebook_weight * loss for name, loss in zip(names, codebook_loss)}
         disc_weight = adopt_weight(self.disc_weight, global_step, threshold=self.disc_start)
-        adaptive_weight = adversarial = inputs.new_zeros(())
+        adaptive_weight, adversarial = inputs.new_ones(()), inputs.new_zeros(())
         if self.is_adversarial(global_step):
             with frozen(self.discriminator):
                 adversarial = self.gen_adv_loss(self.discriminator(reconstructions))
             if self.disc_adaptive_weight:
                 adaptive_weight = adaptive_disc_weight(similarity, adversarial, last_layer)
-            else:
-                adaptive_weight = torch.ones_like(adversarial)
             adversarial = adaptive_weight * disc_weight * adversarial
         loss = similarity + sum(terms[name] for name in names) + adversarial
         terms |= {
@@ -233,7 +235,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def adaptive_disc_weight(nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
-    """Ratio of the gradient norms of both losses at `last_layer`, detached, between 0 and 10,000 (VQGAN, eq. 7)."""
+    """Ratio of both losses' gradient norms at `last_layer`, between 0 and 10,000, detached (VQGAN, eq. 7)."""
     if last_layer is None:
         raise ValueError("The adaptive discriminator weight needs last_layer: pass decoder.last_layer.")
     nll_grad, g_grad = (

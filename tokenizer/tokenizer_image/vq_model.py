@@ -19,13 +19,16 @@ from tokenizer.layers import (
     ResnetBlock,
     Upsample,
     nonlinearity,
+    require_multiple,
     residual_stack,
     run_stack,
 )
 from tokenizer.tokenizer_image.quantizer import EmbeddingLoss, VectorQuantizer, compute_entropy_loss
 
 __all__ = [
+    "VQ_4_S",
     "VQ_8",
+    "VQ_8_S",
     "VQ_16",
     "AttnBlock",
     "Decoder",
@@ -36,11 +39,10 @@ __all__ = [
     "ResnetBlock",
     "Upsample",
     "VQModel",
-    "VQ_4_S",
-    "VQ_8_S",
     "VQ_models",
     "VectorQuantizer",
     "compute_entropy_loss",
+    "model_args",
     "nonlinearity",
 ]
 
@@ -211,12 +213,7 @@ class VQModel(nn.Module):
         `quant` is (B, codebook_embed_dim, H/stride, W/stride), `indices` (B * H/stride * W/stride,) int64.
         Raises ValueError if height or width is not a multiple of `stride`.
         """
-        height, width = x.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(
-                f"Height and width must be multiples of {self.stride}, but the image is {height}x{width}: "
-                "crop or pad it."
-            )
+        require_multiple(x, self.stride)
         return self.quantize(self.quant_conv(self.encoder(x)))
 
     def decode(self, quant: Tensor) -> Tensor:
@@ -233,9 +230,9 @@ class VQModel(nn.Module):
             shape: (B, codebook_embed_dim, h, w), or (B, h, w, codebook_embed_dim) with `channel_first` off.
         """
         if shape is None:
-            raise ValueError("decode_code needs the shape of the latent grid: (batch, channels, rows, columns).")
+            raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")
         quant = self.quantize.get_codebook_entry(code_b, shape, channel_first)
-        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2))
+        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2).contiguous())
 
     def forward(self, input: Tensor) -> tuple[Tensor, EmbeddingLoss]:
         """Images to their reconstructions, and the quantizer's losses and codebook usage."""
@@ -243,29 +240,39 @@ class VQModel(nn.Module):
         return self.decode(quant), emb_loss
 
 
+_SMALL = {"ch": 32, "num_res_blocks": 1, "norm_groups": 8, "z_channels": 64}
+_SIZES: dict[str, tuple[list[int], dict[str, int]]] = {
+    "VQ-16": ([1, 1, 2, 2, 4], {}),
+    "VQ-8": ([1, 2, 2, 4], {}),
+    "VQ-8-S": ([1, 1, 2, 2], {**_SMALL, "codebook_size": 1024}),
+    "VQ-4-S": ([1, 1, 2], {**_SMALL, "codebook_size": 512}),
+}
+
+
+def model_args(size: str, **fields: Any) -> ModelArgs:
+    """The `ModelArgs` of a registered size, with other `fields` where given (not the channel multipliers)."""
+    ch_mult, defaults = _SIZES[size]
+    return ModelArgs(encoder_ch_mult=[*ch_mult], decoder_ch_mult=[*ch_mult], **{**defaults, **fields})
+
+
 def VQ_8(**kwargs: Any) -> VQModel:
     """Stride 8, 70 M parameters. Keywords are fields of `ModelArgs`."""
-    return VQModel(ModelArgs(encoder_ch_mult=[1, 2, 2, 4], decoder_ch_mult=[1, 2, 2, 4], **kwargs))
+    return VQModel(model_args("VQ-8", **kwargs))
 
 
 def VQ_16(**kwargs: Any) -> VQModel:
     """Stride 16, 72 M parameters. Keywords are fields of `ModelArgs`."""
-    return VQModel(ModelArgs(encoder_ch_mult=[1, 1, 2, 2, 4], decoder_ch_mult=[1, 1, 2, 2, 4], **kwargs))
+    return VQModel(model_args("VQ-16", **kwargs))
 
 
-def _small(ch_mult: list[int], **kwargs: Any) -> VQModel:
-    size = {"ch": 32, "num_res_blocks": 1, "norm_groups": 8, "z_channels": 64}
-    return VQModel(ModelArgs(encoder_ch_mult=ch_mult, decoder_ch_mult=list(ch_mult), **{**size, **kwargs}))
+def VQ_8_S(**kwargs: Any) -> VQModel:
+    """Stride 8, 1.2 M parameters, 1,024 codes: trains on a laptop. Keywords are fields of `ModelArgs`."""
+    return VQModel(model_args("VQ-8-S", **kwargs))
 
 
-def VQ_4_S(codebook_size: int = 512, **kwargs: Any) -> VQModel:
-    """Stride 4, 0.9 M parameters: trains on a laptop. Keywords are fields of `ModelArgs`."""
-    return _small([1, 1, 2], codebook_size=codebook_size, **kwargs)
-
-
-def VQ_8_S(codebook_size: int = 1024, **kwargs: Any) -> VQModel:
-    """Stride 8, 1 M parameters: trains on a laptop. Keywords are fields of `ModelArgs`."""
-    return _small([1, 1, 2, 2], codebook_size=codebook_size, **kwargs)
+def VQ_4_S(**kwargs: Any) -> VQModel:
+    """Stride 4, 0.9 M parameters, 512 codes: trains on a laptop. Keywords are fields of `ModelArgs`."""
+    return VQModel(model_args("VQ-4-S", **kwargs))
 
 
 VQ_models = {"VQ-16": VQ_16, "VQ-8": VQ_8, "VQ-8-S": VQ_8_S, "VQ-4-S": VQ_4_S}

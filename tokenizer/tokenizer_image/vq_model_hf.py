@@ -6,7 +6,9 @@ from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 
-from tokenizer.tokenizer_image.vq_model import VQ_models, ModelArgs, VQModel
+from tokenizer.tokenizer_image.vq_model import ModelArgs, VQModel, model_args
+
+__all__ = ["VQ_8", "VQ_16", "ModelArgs", "VQModel", "VQModelHF", "VQ_models_HF"]
 
 # Written to config.json only where they differ from their defaults: other readers of the published format do
 # not know them.
@@ -33,5 +35,14 @@ class VQModelHF(
         return super().from_pretrained(*args, strict=strict, **kwargs)
 
 
-def _hub(name: str, **kwargs: Any) -> VQModelHF:
-    return VQModelHF(VQ_models[name].__wrapped__(**kwargs))
+def VQ_8(**kwargs: Any) -> VQModelHF:
+    """Stride 8. Keywords are fields of `ModelArgs`."""
+    return VQModelHF(model_args("VQ-8", **kwargs))
+
+
+def VQ_16(**kwargs: Any) -> VQModelHF:
+    """Stride 16. Keywords are fields of `ModelArgs`."""
+    return VQModelHF(model_args("VQ-16", **kwargs))
+
+
+VQ_models_HF = {"VQ-16": VQ_16, "VQ-8": VQ_8}

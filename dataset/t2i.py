@@ -1,0 +1,222 @@
+"""Text-to-image data: lists of images with text features stored beside them.
+
+A record's features are `{t5_feat_path}/{list stem}/{line}.npy`, floats (1, n, caption_dim) with n tokens.
+They are put at the end of `cls_token_num` rows (left padding), longer ones keep their first tokens.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.codes import caption_codes_path, numbered_files, read_array, read_integers
+from dataset.images import BadItems, TooSmall, read_rgb
+from dataset.lists import CaptionLists, Record, list_files
+
+SHORT_CAPTION_SHARE = 0.3
+
+
+def prefix_mask(num_tokens: int, num_padding: int) -> Tensor:
+    """Attention mask bool (1, num_tokens, num_tokens), true where row may look at column.
+
+    Causal, with the first `num_padding` columns hidden; every row sees itself, so a padded row only that.
+    """
+    mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril_()
+    mask[:, :num_padding] = False
+    return mask.fill_diagonal_(True)[None]
+
+
+def left_padded(features: np.ndarray, num_rows: int) -> Tensor:
+    """Features (1, n, D) as float32 (1, num_rows, D): zeros first, then the first min(n, num_rows) rows."""
+    rows = torch.from_numpy(features[:, :num_rows].astype(np.float32))
+    return torch.nn.functional.pad(rows, (0, 0, num_rows - rows.shape[1], 0))
+
+
+class FeatureStore:
+    """The text features of one or two trees; with `short_path`, 30 % of reads (torch's generator) go there.
+
+    Raises:
+        FileNotFoundError: when a tree has no folder for one of the lists.
+    """
+
+    def __init__(
+        self, path: str | Path, short_path: str | Path | None, stems: list[str], max_tokens: int, dim: int
+    ) -> None:
+        self.path, self.short_path = Path(path), Path(short_path) if short_path else None
+        self.max_tokens, self.dim = max_tokens, dim
+        for tree in filter(None, (self.path, self.short_path)):
+            missing = [stem for stem in stems if not (tree / stem).is_dir()]
+            if missing:
+                raise FileNotFoundError(
+                    f"there are no text features of the list {missing[0]!r}: no folder {tree / missing[0]}; "
+                    "extract them with language/extract_t5_feature.py or correct the feature path"
+                )
+
+    def read(self, stem: str, line: int) -> np.ndarray:
+        """The features of one record, floats (1, n, dim).
+
+        Raises:
+            ValueError: when the file is unreadable, has a wrong shape or values that are not finite.
+        """
+        use_short = self.short_path is not None and bool(torch.rand(1) < SHORT_CAPTION_SHARE)
+        file = (self.short_path if use_short else self.path) / stem / f"{line}.npy"
+        features = read_array(file, kinds="f")
+        if (
+            features.ndim != 3
+            or features.shape[0] != 1
+            or features.shape[1] < 1
+            or features.shape[2] != self.dim
+        ):
+            raise ValueError(f"{file} must have the shape (1, tokens, {self.dim}), found {features.shape}")
+        if not np.isfinite(features).all():
+            raise ValueError(f"{file} holds values that are not finite")
+        return features
+
+
+class ListedImages(Dataset):
+    """The images of `records`; items are (image, line number). Unreadable ones raise `UnreadableImage`."""
+
+    def __init__(self, records: CaptionLists, transform: Callable | None = None) -> None:
+        self.records, self.transform = records, transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        record = self.records[index]
+        image = read_rgb(record.image_file)
+        return self.transform(image) if self.transform else image, record.line
+
+
+class Text2ImgDatasetImg(ListedImages):
+    """The images of the lists in `lst_dir` and, after them, of the `*_face.jsonl` lists in `face_lst_dir`."""
+
+    def __init__(
+        self, lst_dir: str | Path, face_lst_dir: str | Path | None, transform: Callable | None
+    ) -> None:
+        files = list_files(lst_dir)
+        if face_lst_dir is not None:
+            files += list_files(face_lst_dir, suffix="_face.jsonl")
+        super().__init__(CaptionLists(files), transform)
+
+
+class _CaptionedItems(Dataset):
+    """What images and codes with captions have in common: features, mask and the count of bad items."""
+
+    def __init__(self, args: Namespace, stems: list[str], count: int, max_bad_share: float) -> None:
+        self.grid_tokens = (args.image_size // args.downsample_size) ** 2
+        self.text_tokens = getattr(args, "cls_token_num", 120)
+        short_path = getattr(args, "short_t5_feat_path", None)
+        dim = getattr(args, "caption_dim", 2048)
+        self.features = FeatureStore(args.t5_feat_path, short_path, stems, self.text_tokens, dim)
+        self.bad = BadItems(count, max_bad_share)
+
+    def __len__(self) -> int:
+        return self.bad.count
+
+    def _item(self, content: Tensor, features: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        padding = max(0, self.text_tokens - features.shape[1])
+        mask = prefix_mask(self.text_tokens + self.grid_tokens, padding)
+        return content, left_padded(features, self.text_tokens), mask, torch.tensor(1)
+
+    def _invalid(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features = torch.zeros(1, self.text_tokens, self.features.dim)
+        return content, features, prefix_mask(self.text_tokens + self.grid_tokens, 0), torch.tensor(0)
+
+
+class Text2ImgDataset(_CaptionedItems):
+    """Images with text features; items are (image, features, mask, valid).
+
+    * image: what `transform` makes of the RGB image, (3, S, S).
+    * features: float32 (1, cls_token_num, caption_dim), left padded.
+    * mask: bool (1, L, L) with L = cls_token_num + tokens of the image, see `prefix_mask`.
+    * valid: int64 scalar, 1 or 0. Invalid items (image unreadable or smaller than `args.image_size`, features
+      unreadable) are zeros with a causal mask; training leaves them out of its loss.
+
+    `args` has data_path, t5_feat_path, image_size, downsample_size and maybe short_t5_feat_path,
+    cls_token_num (120) and caption_dim (2048).
+
+    Raises:
+        FileNotFoundError: when lists or feature folders are missing.
+        ValueError: on reading, when more than `max_bad_share` of all are unreadable; small ones do not count.
+    """
+
+    def __init__(self, args: Namespace, transform: Callable, max_bad_share: float = 0.01) -> None:
+        self.records = CaptionLists(list_files(args.data_path))
+        super().__init__(args, self.records.stems, len(self.records), max_bad_share)
+        self.image_size, self.transform = args.image_size, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if index not in self.bad:
+            try:
+                return self._read(self.records[index])
+            except TooSmall:
+                pass
+            except ValueError as error:
+                self.bad.add(index, error)
+        return self._invalid(torch.zeros(3, self.image_size, self.image_size))
+
+    def _read(self, record: Record) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        image = self.transform(read_rgb(record.image_file, at_least=self.image_size))
+        return self._item(image, self.features.read(record.stem, record.line))
+
+
+class Text2ImgDatasetCode(_CaptionedItems):
+    """Extracted codes with text features; items are (codes, features, mask, valid).
+
+    Codes are int64 (1, T) from `{args.code_path}/{list stem}/{line}.npy`; every file there is an item, lists
+    sorted by name and lines by number. The rest is as in `Text2ImgDataset`. `args.vocab_size`, if there,
+    bounds the codes.
+
+    Raises:
+        FileNotFoundError: when there are no codes, or no features for one of the lists.
+        ValueError: on reading, when more than `max_bad_share` of all items are unreadable.
+    """
+
+    def __init__(self, args: Namespace, max_bad_share: float = 0.01) -> None:
+        self.code_path = Path(args.code_path)
+        folders = (
+            sorted(path for path in self.code_path.iterdir() if path.is_dir())
+            if self.code_path.is_dir()
+            else []
+        )
+        self.keys = [(folder.name, line) for folder in folders for line in numbered_files(folder)]
+        if not self.keys:
+            raise FileNotFoundError(
+                f"no code files in {self.code_path}; run autoregressive/train/extract_codes_t2i.py"
+            )
+        self.vocab_size = getattr(args, "vocab_size", None)
+        super().__init__(args, sorted({stem for stem, _ in self.keys}), len(self.keys), max_bad_share)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if index not in self.bad:
+            stem, line = self.keys[index]
+            try:
+                path = caption_codes_path(self.code_path, stem, line)
+                codes = torch.from_numpy(read_integers(path, (1, self.grid_tokens), self.vocab_size))
+                return self._item(codes, self.features.read(stem, line))
+            except ValueError as error:
+                self.bad.add(index, error)
+        return self._invalid(torch.zeros(1, self.grid_tokens, dtype=torch.int64))
+
+
+def build_t2i_image(args: Namespace, transform: Callable) -> Text2ImgDatasetImg:
+    """The images of the lists in `args.data_path` and of the face lists in `args.data_face_path`, if any."""
+    return Text2ImgDatasetImg(args.data_path, getattr(args, "data_face_path", None), transform)
+
+
+def build_t2i(args: Namespace, transform: Callable) -> Text2ImgDataset:
+    """The images of the lists in `args.data_path` with their text features."""
+    return Text2ImgDataset(args, transform)
+
+
+def build_t2i_code(args: Namespace) -> Text2ImgDatasetCode:
+    """The codes below `args.code_path` with their text features."""
+    return Text2ImgDatasetCode(args)

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# From nothing to new pictures with one command, on a laptop without a GPU:
+#
+#   bash scripts/quickstart.sh                    about ten minutes of work after the installation
+#   bash scripts/quickstart.sh --minutes 60       more training, better pictures
+#   bash scripts/quickstart.sh --out FOLDER       somewhere else than ./quickstart
+#
+# Renders the OpenMoji drawings, trains the tokenizer, extracts codes, trains the GPT, draws pictures and writes
+# quickstart/report.html. Each finished stage is kept: after an interruption the same command continues.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+minutes=10
+out=quickstart
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --minutes) minutes="${2:?--minutes needs a number}"; shift 2 ;;
+    --out) out="${2:?--out needs a folder}"; shift 2 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "error: unknown flag $1; known are --minutes N and --out FOLDER" >&2; exit 2 ;;
+  esac
+done
+
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh requirements.txt
+mkdir -p "$out"
+
+# Prints a stage's command, runs it, and notes how long it took.
+stage() {
+  local name="$1" started=$SECONDS
+  shift
+  printf '\n== %s\n$ %s\n' "$name" "$*"
+  "$@" || { local code=$?; echo "stage '$name' stopped (exit code $code); the same command continues" >&2; exit $code; }
+  printf '%s\t%s\n' "$name" "$((SECONDS - started))" >>"$out/seconds.tsv"
+}
+
+# The settings of the two small models. docs/quickstart.md says why they are what they are.
+tokenizer=(--vq-model VQ-4-S --image-size 32)
+vq_flags=("${tokenizer[@]}" --data-path "$out/data/train" --val-data-path "$out/data/val"
+  --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1+l2 --gradient-weight 0.5
+  --codebook-init kmeans --revive-every 50 --global-batch-size 16
+  --optimizer muon --lr 2e-3 --beta2 0.99 --lr-schedule wsd --lr-floor 0.02 --warmup-steps 50
+  --mixed-precision none --num-workers 0)
+gpt=(--gpt-model GPT-S --num-classes 99 --image-size 32 --downsample-size 4)
+gpt_flags=("${gpt[@]}" --vocab-size 512 --code-path "$out/codes/train" --val-code-path "$out/codes/val"
+  --global-batch-size 32 --optimizer muon --lr 2e-3 --lr-schedule cosine --lr-floor 0.05 --warmup-steps 50
+  --mixed-precision none --num-workers 0)
+shown=(face-smiling face-concerned cat-face heart country-flag animal-mammal food-fruit plant-flower
+  transport-ground sky-and-weather clothing zodiac game geometric monkey-face music)
+
+stage "render the data" python3 dataset/openmoji.py --data-path "$out/data" --size 64
+stage "plan" python3 tools/quickstart_plan.py --minutes "$minutes" --plan "$out/plan.json" \
+  --vq-flags "${vq_flags[*]}" --gpt-flags "${gpt_flags[*]}"
+steps() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$out/plan.json" "$1"; }
+vq_steps="$(steps vq_steps)"
+gpt_steps="$(steps gpt_steps)"
+
+stage "train the tokenizer" python3 tokenizer/tokenizer_image/vq_train.py "${vq_flags[@]}" --run-dir "$out/tokenizer" \
+  --max-steps "$vq_steps" --log-every 50 --val-every 250 --ckpt-every 250 --keep-last 1
+vq_ckpt="$out/tokenizer/checkpoints/$(printf %07d "$vq_steps").pt"
+
+for split in train val; do
+  stage "extract the codes ($split)" python3 autoregressive/train/extract_codes_c2i.py "${tokenizer[@]}" \
+    --vq-ckpt "$vq_ckpt" --data-path "$out/data/$split" --code-path "$out/codes/$split" --num-workers 0
+done
+
+stage "train the GPT" python3 autoregressive/train/train_c2i.py "${gpt_flags[@]}" --run-dir "$out/gpt" \
+  --max-steps "$gpt_steps" --log-every 50 --val-every 100 --ckpt-every 100 --keep-last 1
+gpt_ckpt="$out/gpt/checkpoints/$(printf %07d "$gpt_steps").pt"
+
+stage "draw pictures" python3 autoregressive/sample/sample_c2i.py "${tokenizer[@]}" "${gpt[@]}" \
+  --gpt-ckpt "$gpt_ckpt" --vq-ckpt "$vq_ckpt" --class-names "$out/data/classes.json" --class-labels "${shown[@]}" \
+  --images-per-class 8 --columns 8 --batch-size 128 --cfg-scale 3 --temperature 0.9 --top-k 50 --precision none \
+  --output "$out/samples.png"
+
+stage "write the report" python3 tools/quickstart_report.py --folder "$out" --vq-ckpt "$vq_ckpt" \
+  --rows "${shown[@]}"

@@ -1,0 +1,1 @@
+"""Tests of the GPT: models, training and sampling."""

@@ -1,0 +1,135 @@
+"""Optimizers: the established groups, steps and moments; Muon; several optimizers as one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from autoregressive.models.gpt import ModelArgs, Transformer
+from tests import golden
+from utils.ema import update_ema
+from utils.optim import Muon, Optimizers, adamw, decay_groups, orthogonalize
+
+CPU = torch.device("cpu")
+
+
+@golden.cases("optim.groups")
+def test_groups_are_the_established_ones(case):
+    model = Transformer(ModelArgs(**case.config["args"]))
+    names = {id(p): name for name, p in model.named_parameters()}
+    p = case.params
+    groups = adamw(decay_groups(model.named_parameters(), p["weight_decay"]), p["lr"], (p["beta1"], p["beta2"]), CPU)
+    got = [
+        {**{k: group[k] for k in ("weight_decay", "lr", "eps")}, "betas": list(group["betas"]),
+         "params": [names[id(param)] for param in group["params"]], "numel": sum(x.numel() for x in group["params"])}
+        for group in groups.param_groups
+    ]  # fmt: skip
+    classes = {"by_dim_class": "AdamW", "by_name_fsdp_class": type(groups).__name__}
+    buffers = [name for name, _ in model.named_buffers() if name not in case.expect["buffers"]]
+    assert not buffers
+    case.check({"by_dim": got, "by_name_fsdp": got, **classes, "buffers": case.expect["buffers"]})
+
+
+@golden.cases("optim.adamw_steps")
+def test_steps_equal_the_established_trainer(case):
+    p = case.params
+    model = case.fill(Transformer(ModelArgs(**case.config["args"]))).train()
+    ema = copy.deepcopy(model)
+    groups = decay_groups(model.named_parameters(), p["weight_decay"])
+    optimizers = Optimizers(adamw(groups, p["lr"], (p["beta1"], p["beta2"]), CPU))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    outputs, losses, norms = {}, [], []
+    for i in range(p["steps"]):
+        tokens, cond = case.tensors[f"tokens{i}"], case.tensors[f"cond{i}"]
+        _, loss = model(idx=tokens[:, :-1], cond_idx=cond, targets=tokens, valid=case.tensors.get(f"valid{i}"))
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(optimizers.update(scaler, p["max_grad_norm"]).item())
+        update_ema(ema, model, **({"decay": p["ema_decay"]} if "ema_decay" in p else {}))
+        for key in p["keep"]:
+            outputs[f"step{i + 1}.param.{key}"] = model.state_dict()[key].clone()
+            outputs[f"step{i + 1}.ema.{key}"] = ema.state_dict()[key].clone()
+    parameters = dict(model.named_parameters())
+    for key in p["keep_state"]:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            outputs[f"{moment}.{key}"] = optimizers.members[0].state[parameters[key]][moment]
+    case.check({"loss": losses, "grad_norm_before_clip": norms}, skip=tuple(case.outputs))
+    for key, want in case.outputs.items():
+        entry = case.entry["outputs"][key]
+        close = (outputs[key] - want).abs() <= entry["atol"] + entry["rtol"] * want.abs()
+        assert close.float().mean() >= 0.999, key  # a gradient near 0 may turn a whole step around
+
+
+@golden.cases("optim.ema")
+def test_ema_equals_the_established_one(case):
+    live, average = nn.Module(), nn.Module()
+    average.w, live.w = nn.Parameter(case.tensors["w_ema"].clone()), nn.Parameter(case.tensors["w0"].clone())
+    average.register_buffer("b", case.tensors["b_ema"].clone())
+    live.register_buffer("b", case.tensors["b_live"].clone())
+    decay, outputs = case.params["decay"], {}
+    for i in range(case.params["steps"]):
+        live.w.data.copy_(case.tensors[f"w{i}"])
+        update_ema(average, live, **({} if decay is None else {"decay": decay}))
+        outputs[f"w_ema_after{i + 1}"] = average.w.detach().clone()
+    outputs["b_ema_after"] = average.b
+    case.check({**outputs, "decay_used": 0.9999 if decay is None else decay})
+
+
+def test_ema_names_the_first_difference():
+    with pytest.raises(ValueError, match="bias"):
+        update_ema(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 16, 16)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_agrees_with_torch_on_matrices_and_sees_kernels_as_matrices():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12, 18), [torch.randn(12, 18) for _ in range(3)]
+    ours = nn.Parameter(start.clone().view(12, 2, 3, 3))
+    theirs = nn.Parameter(start.clone())
+    a = Muon([ours], lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.view(12, 2, 3, 3).clone(), gradient.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours.detach().view(12, 18), theirs.detach(), atol=4e-3, rtol=0)  # theirs works in bf16
+    assert (ours.detach().view(12, 18) - start).abs().max() > 0.02
+
+
+def test_muon_refuses_vectors():
+    with pytest.raises(ValueError, match="two or more dimensions"):
+        Muon([nn.Parameter(torch.zeros(3))])
+
+
+def two_optimizers(lr: float = 0.1) -> tuple[nn.Linear, Optimizers]:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    return layer, Optimizers(Muon([layer.weight], lr), adamw([{"params": [layer.bias]}], lr, (0.9, 0.95), CPU))
+
+
+def test_optimizers_resume_moments_but_keep_this_runs_learning_rate():
+    layer, first = two_optimizers(lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    first.update(torch.amp.GradScaler("cpu", enabled=False), 0.0)
+    other, second = two_optimizers(lr=0.3)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.set_lr_factor(0.5)
+    assert [group["lr"] for member in second.members for group in member.param_groups] == [0.15, 0.15]
+    torch.testing.assert_close(
+        second.members[0].state[other.weight]["momentum_buffer"], first.members[0].state[layer.weight]["momentum_buffer"]
+    )
+
+
+def test_optimizers_refuse_the_state_of_other_optimizers():
+    _, two = two_optimizers()
+    layer = nn.Linear(4, 4)
+    one = Optimizers(adamw(decay_groups(layer.named_parameters(), 0.0), 0.1, (0.9, 0.95), CPU))
+    with pytest.raises(ValueError, match="--optimizer"):
+        one.load_state_dict(two.state_dict())

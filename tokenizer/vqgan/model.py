@@ -1,0 +1,121 @@
+"""The taming-transformers VQGAN: the model, and where its published configs and checkpoints lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.layers import require_multiple
+from tokenizer.vqgan.layer import Decoder, Encoder
+from tokenizer.vqgan.quantize import VectorQuantizer2 as VectorQuantizer
+
+# name: (config, checkpoint), both relative to the repository root
+VQGAN_FROM_TAMING = {
+    "vqgan_imagenet_f16_1024": (
+        "tokenizer/vqgan/configs/vqgan_imagenet_f16_1024.yaml",
+        "pretrained_models/vqgan_imagenet_f16_1024/ckpts/last.pth",
+    ),
+    "vqgan_imagenet_f16_16384": (
+        "tokenizer/vqgan/configs/vqgan_imagenet_f16_16384.yaml",
+        "pretrained_models/vqgan_imagenet_f16_16384/ckpts/last.pth",
+    ),
+    "vqgan_openimage_f8_256": (
+        "tokenizer/vqgan/configs/vqgan_openimage_f8_256.yaml",
+        "pretrained_models/vq-f8-n256/model.pth",
+    ),
+    "vqgan_openimage_f8_16384": (
+        "tokenizer/vqgan/configs/vqgan_openimage_f8_16384.yaml",
+        "pretrained_models/vq-f8/model.pth",
+    ),
+}
+
+
+class VQModel(nn.Module):
+    """Encoder, quantizer and decoder. Images are (B, 3, H, W) in [-1, 1], sides multiples of the stride.
+
+    Args:
+        ddconfig: keywords of `Encoder` and `Decoder`.
+        n_embed: number of codes.
+        embed_dim: channels of a code.
+        ckpt_path: checkpoint to load, see `init_from_ckpt`.
+        ignore_keys: key prefixes to leave out of that checkpoint.
+        remap, sane_index_shape: see `VectorQuantizer2`.
+
+    Further keywords of the published configs (`lossconfig`, `monitor`, ...) concern training only.
+    """
+
+    def __init__(
+        self,
+        ddconfig: dict[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        *,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        **_training_options: Any,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quantize = VectorQuantizer(
+            n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
+        )
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), logging: bool = True) -> None:
+        """Load ``{"state_dict": ...}``. The weights of the training losses (`loss.*`) are left out.
+
+        Args:
+            ignore_keys: prefixes of further keys to leave out; the model keeps its own values there.
+            logging: print what was loaded.
+
+        Raises:
+            ValueError: any other key is missing or too many, or the file is no such checkpoint.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "state_dict" not in checkpoint:
+            raise ValueError(f"{path} must hold a 'state_dict', but holds {sorted(checkpoint)}.")
+        left_out = ("loss.", *ignore_keys)
+        weights = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(left_out)}
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        missing = [key for key in missing if not key.startswith(left_out)]
+        if missing or unexpected:
+            raise ValueError(f"{path} is of another model: it lacks {missing} and has {unexpected} too many.")
+        if logging:
+            print(f"Loaded {len(weights)} tensors from {path}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per code in each direction."""
+        return 2 ** (len(self.encoder.down) - 1)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """Images to ``(quant, loss, (None, None, indices))``, see `VectorQuantizer2.forward`."""
+        require_multiple(x, self.stride)
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Quantized latents (B, embed_dim, h, w) to images."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(
+        self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
+    ) -> Tensor:
+        """Codes to images; `shape` is (B, embed_dim, h, w), without `channel_first` (B, h, w, embed_dim)."""
+        if shape is None:
+            raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")
+        quant = self.quantize.get_codebook_entry(code_b, shape, channel_first)
+        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2).contiguous())
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Images to their reconstructions and the quantizer's loss."""
+        quant, loss, _ = self.encode(input)
+        return self.decode(quant), loss

@@ -1,0 +1,200 @@
+"""Put what a quick start made onto one page: report.html, with every picture inside the file.
+
+    python3 tools/quickstart_report.py --folder quickstart --vq-ckpt VQ.pt --gpt-ckpt GPT.pt --rows cat-face heart
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import math
+import platform
+import sys
+from pathlib import Path
+
+if not __package__:  # started by file path: the repository root takes the place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.augmentation import eval_transform
+from dataset.codes import CodeFolder
+from dataset.images import ClassFolders
+from tokenizer.build import load_tokenizer
+from tokenizer.tokenizer_image.evaluation import reconstruct
+from utils.args import make_parser
+from utils.errors import run
+from utils.files import read_json, write_atomic
+from utils.image import make_grid_image
+from utils.logger import read_metrics
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>LlamaGen quick start</title>
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+ img {{ image-rendering: pixelated; max-width: 100%; display: block }} img.plot {{ image-rendering: auto }}
+ table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd }}
+ td.number {{ text-align: right; font-variant-numeric: tabular-nums }} figure {{ margin: 1rem 0 }}
+ .rows {{ display: grid; grid-template-columns: max-content 1fr; align-items: center; gap: .3rem 1rem }}
+ footer {{ color: #666; font-size: .85em; margin-top: 2rem }}
+</style>
+<h1>From drawings to new drawings</h1>
+<p>{summary}</p>
+<h2>What came out</h2>
+{figures}
+<h2>New pictures, class by class</h2>
+<p>Each row is one class; nothing is selected. The model has seen a few dozen drawings of most classes, so expect a
+likeness of faces, hearts, flags and cats, and coloured shapes where a class is varied or small.</p>
+<div class="rows">{samples}</div>
+<h2>Reconstructions of held-out drawings</h2>
+<p>Upper rows: drawings that no model has seen. Lower rows: the same after the tokenizer, 64 codes each.</p>
+{reconstructions}
+<h2>Training</h2>
+{curves}
+<h2>Where the time went</h2>
+{times}
+<footer>{machine}<br>Drawings: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0.</footer>
+</html>
+"""
+
+
+def picture(image: Image.Image, scale: int = 1, kind: str = "") -> str:
+    """An <img> that carries its PNG inside."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    source = base64.b64encode(data.getvalue()).decode()
+    return f'<img class="{kind}" width="{image.width * scale}" src="data:image/png;base64,{source}" alt="">'
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """A table of names and numbers."""
+    body = "".join(f'<tr><td>{html.escape(name)}<td class="number">{html.escape(value)}' for name, value in rows)
+    return f"<table>{body}</table>"
+
+
+def unigram_bits(codes: CodeFolder, held_out: CodeFolder, vocab_size: int) -> float:
+    """Bits per token of the best model without context: each position's code frequencies, counted on `codes`.
+
+    One is added to every count, so that unseen codes stay possible.
+    """
+    train = np.concatenate([codes.read(i)[0][0] for i in codes.indices()])
+    counts = np.stack([np.bincount(column, minlength=vocab_size) for column in train.T]) + 1.0
+    bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
+    tested = np.stack([held_out.read(i)[0][0, 0] for i in held_out.indices()])
+    return float(np.take_along_axis(bits, tested.T, axis=1).mean())
+
+
+def figures(folder: Path, vq: dict[str, float], gpt: dict[str, float], codebook_size: int) -> str:
+    """The numbers that say how good the two models are."""
+    unigram = unigram_bits(
+        CodeFolder.find(folder / "codes" / "train", 32), CodeFolder.find(folder / "codes" / "val", 32), codebook_size
+    )
+    return table([
+        ("reconstruction of held-out drawings, PSNR", f"{vq['val/psnr']:.2f} dB"),
+        ("codes that occur in them", f"{vq['val/codebook_usage'] * codebook_size:.0f} of {codebook_size}"),
+        ("perplexity of these codes", f"{vq['val/perplexity']:.0f}"),
+        ("GPT on held-out drawings, bits per token", f"{gpt['val/bits_per_token']:.3f}"),
+        ("for comparison: frequencies of each position, no context", f"{unigram:.3f}"),
+        ("for comparison: knowing nothing", f"{math.log2(codebook_size):.3f}"),
+    ])  # fmt: skip
+
+
+def curves(folder: Path) -> str:
+    """Loss curves of both trainings, with the held-out measure on the right axis."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    parts = [("tokenizer", "val/psnr", "held-out PSNR (dB)"), ("gpt", "val/bits_per_token", "held-out bits per token")]
+    for axis, (name, key, label) in zip(axes, parts):
+        entries = read_metrics(folder / name / "metrics.jsonl")
+        train = [(e["step"], e["loss"]) for e in entries if "loss" in e]
+        tested = [(e["step"], e[key]) for e in entries if key in e]
+        axis.plot(*zip(*train), color="#888", label="training loss")
+        axis.set(title=name, xlabel="step", ylabel="training loss")
+        twin = axis.twinx()
+        twin.plot(*zip(*tested), color="#d33", marker="o", markersize=3)
+        twin.set_ylabel(label, color="#d33")
+    canvas = io.BytesIO()
+    figure.savefig(canvas, dpi=110)
+    plt.close(figure)
+    return picture(Image.open(canvas), kind="plot")
+
+
+def sample_rows(folder: Path, names: list[str]) -> str:
+    """The sample grid cut into one strip per class, the class's name beside it."""
+    grid = Image.open(folder / "samples.png").convert("RGB")
+    height = (grid.height - 2) // len(names)
+    strips = [grid.crop((0, 2 + i * height, grid.width, 2 + (i + 1) * height)) for i in range(len(names))]
+    return "".join(f"<div>{html.escape(name)}</div><div>{picture(s, 2)}</div>" for name, s in zip(names, strips))
+
+
+def reconstruction_pairs(folder: Path, vq_ckpt: str, count: int = 48, columns: int = 16) -> str:
+    """Held-out originals in one row, their reconstructions in the next."""
+    images = ClassFolders(folder / "data" / "val", eval_transform(32))
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    originals = torch.stack([images[i][0] for i in chosen])
+    args = argparse.Namespace(vq_model="VQ-4-S", vq_ckpt=vq_ckpt, codebook_size=None, codebook_embed_dim=8)
+    outputs, _ = reconstruct(load_tokenizer(args, torch.device("cpu")), originals)
+    rows = [part for pair in zip(originals.split(columns), outputs.split(columns)) for part in pair]
+    return picture(make_grid_image(torch.cat([row for row in rows if len(row) == columns]), columns), 2)
+
+
+def stage_times(folder: Path) -> list[tuple[str, int]]:
+    """Seconds of each stage, restarts added up."""
+    seconds: dict[str, int] = {}
+    for line in (folder / "seconds.tsv").read_text().splitlines():
+        name, value = line.split("\t")
+        seconds[name] = seconds.get(name, 0) + int(value)
+    return list(seconds.items())
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The last value of every number in a metrics file."""
+    return {name: value for entry in read_metrics(path) for name, value in entry.items()}
+
+
+def write_report(folder: Path, vq_ckpt: str, rows: list[str]) -> Path:
+    """Write `folder`/report.html; returns its path."""
+    plan, times = read_json(folder / "plan.json"), stage_times(folder)
+    vq, gpt = last_values(folder / "tokenizer" / "metrics.jsonl"), last_values(folder / "gpt" / "metrics.jsonl")
+    shown = [(name, f"{seconds // 60}:{seconds % 60:02d}") for name, seconds in times]
+    total = sum(seconds for _, seconds in times)
+    page = _PAGE.format(
+        summary=(
+            f"A VQ tokenizer ({plan['vq_steps']:,} steps) turned 32-pixel drawings into 8 x 8 codes; a GPT "
+            f"({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer drew them. "
+            f"All of it took {total / 60:.1f} minutes on this machine."
+        ),
+        figures=figures(folder, vq, gpt, 512),
+        samples=sample_rows(folder, rows),
+        reconstructions=reconstruction_pairs(folder, vq_ckpt),
+        curves=curves(folder),
+        times=table([*shown, ("together", f"{total // 60}:{total % 60:02d}")]),
+        machine=html.escape(
+            f"{plan['device']}, {plan['cores']} cores, {platform.machine()}, Python {platform.python_version()}, "
+            f"torch {plan['torch']}"
+        ),
+    )
+    write_atomic(folder / "report.html", lambda file: file.write(page.encode()))
+    return folder / "report.html"
+
+
+def main() -> None:
+    """Write the report of --folder."""
+    flags = make_parser(__doc__)
+    flags.add_argument("--folder", type=Path, required=True, help="what quickstart.sh wrote")
+    flags.add_argument("--vq-ckpt", required=True, help="the tokenizer's checkpoint")
+    flags.add_argument("--rows", nargs="+", required=True, help="class of each row of samples.png")
+    args = flags.parse_args()
+    print(f"The report is {write_report(args.folder, args.vq_ckpt, args.rows)}: open it in a browser")
+
+
+if __name__ == "__main__":
+    run(main)
