@@ -99,9 +99,7 @@ class CodeFolder:
         if established.codes.is_dir():
             return established
         pattern = re.compile(rf"(.*\D|){image_size}_codes")
-        found = [
-            path.name for path in sorted(Path(code_path).glob("*_codes")) if pattern.fullmatch(path.name)
-        ]
+        found = [path.name for path in sorted(Path(code_path).glob("*_codes")) if pattern.fullmatch(path.name)]
         if not found:
             raise FileNotFoundError(
                 f"no folder *{image_size}_codes in {code_path}; extract codes of this image size first "
@@ -141,9 +139,7 @@ class CodeFolder:
             ValueError: when images have codes but no label.
         """
         if not self.exists() or not (indices := numbered_files(self.codes)):
-            raise FileNotFoundError(
-                f"no code files in {self.codes}; run scripts/autoregressive/extract_codes_c2i.sh"
-            )
+            raise FileNotFoundError(f"no code files in {self.codes}; run scripts/autoregressive/extract_codes_c2i.sh")
         _require(indices, numbered_files(self.labels), self.labels)
         return indices
 

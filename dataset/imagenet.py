@@ -73,9 +73,7 @@ class CustomDataset(Dataset):
         codes, label = folder.read(self.indices[index], self.vocab_size, self.num_classes)
         if codes.shape[2] != self.num_tokens:
             path = folder.codes / self.feature_files[index]
-            raise ValueError(
-                f"{path} holds {codes.shape[2]} tokens per view, the first file {self.num_tokens}"
-            )
+            raise ValueError(f"{path} holds {codes.shape[2]} tokens per view, the first file {self.num_tokens}")
         if codes.shape[1] > 1:
             codes = codes[:, int(torch.randint(0, codes.shape[1], (1,)))]
         return torch.from_numpy(codes), torch.from_numpy(label)

@@ -81,16 +81,10 @@ class ClassFolders(ImageFolder):
 
     def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
         if not Path(root).is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {root}; expected one with a sub-folder of images per class"
-            )
-        super().__init__(
-            str(root), transform, loader=read_rgb, is_valid_file=_is_image_path, allow_empty=True
-        )
+            raise FileNotFoundError(f"there is no folder {root}; expected one with a sub-folder of images per class")
+        super().__init__(str(root), transform, loader=read_rgb, is_valid_file=_is_image_path, allow_empty=True)
         if not self.samples:
-            raise ValueError(
-                f"no images in the class folders of {root}; known extensions: {' '.join(IMG_EXTENSIONS)}"
-            )
+            raise ValueError(f"no images in the class folders of {root}; known extensions: {' '.join(IMG_EXTENSIONS)}")
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
@@ -159,6 +153,8 @@ class SkipBad(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):  # also what ends `for item in dataset`
+            raise IndexError(index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if candidate in self.bad:

@@ -42,9 +42,7 @@ class Record:
         """
         place = CAPTION_KEYS[key]
         if not isinstance(self.text, list) or len(self.text) <= place:
-            raise ValueError(
-                f"{self.list_file} line {self.line}: 'text' has no entry {place} (caption key {key})"
-            )
+            raise ValueError(f"{self.list_file} line {self.line}: 'text' has no entry {place} (caption key {key})")
         caption = str(self.text[place])
         return caption.split(".")[0] if truncated else caption
 
@@ -93,9 +91,7 @@ class CaptionLists(Sequence[Record]):
         first: dict[str, Path] = {}
         for stem, path in zip(self.stems, self.files):
             if stem in first:
-                raise ValueError(
-                    f"{first[stem]} and {path} would share the features and codes of {stem!r}; rename one"
-                )
+                raise ValueError(f"{first[stem]} and {path} would share the features and codes of {stem!r}; rename one")
             first[stem] = path
 
     def __len__(self) -> int:

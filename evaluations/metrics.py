@@ -162,15 +162,11 @@ def precision_recall(
     return precision, recall
 
 
-def manifold_radii(
-    features: Tensor, k: int = NEIGHBOURS, block_size: int = 10_000, half: bool = False
-) -> Tensor:
+def manifold_radii(features: Tensor, k: int = NEIGHBOURS, block_size: int = 10_000, half: bool = False) -> Tensor:
     """Squared distance (N,), float32, from each row of (N, D) to its k-th nearest other row."""
     if len(features) <= k:
         raise ValueError(f"neighbour {k} needs at least {k + 1} feature rows, found {len(features)}")
-    return torch.cat(
-        [_nearest(rows, features, k + 1, block_size, half) for rows in features.split(block_size)]
-    )
+    return torch.cat([_nearest(rows, features, k + 1, block_size, half) for rows in features.split(block_size)])
 
 
 def _nearest(rows: Tensor, features: Tensor, n: int, block_size: int, half: bool) -> Tensor:

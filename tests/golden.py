@@ -55,7 +55,7 @@ class Case:
     def load(cls, name: str) -> Case:
         entry = _entries()[name]
         stored = load_file(FOLDER / entry["file"]) if entry.get("file") else {}
-        pick = lambda prefix: {k[len(prefix):]: v for k, v in stored.items() if k.startswith(prefix)}  # noqa: E731
+        pick = lambda prefix: {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}  # noqa: E731
         return cls(name, entry, pick("in."), pick("out."))
 
     @property

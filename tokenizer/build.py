@@ -18,7 +18,9 @@ def add_vq_args(parser: argparse.ArgumentParser, ckpt_required: bool = False) ->
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size")
     group.add_argument("--vq-ckpt", required=ckpt_required, help="checkpoint, in any known format")
-    group.add_argument("--codebook-size", type=int, help="codebook entries; the default is the model's own (VQ-16: 16384)")
+    group.add_argument(
+        "--codebook-size", type=int, help="codebook entries; the default is the model's own (VQ-16: 16384)"
+    )
     group.add_argument("--codebook-embed-dim", type=int, default=8, help="width of a codebook entry")
 
 

@@ -137,6 +137,4 @@ def require_multiple(images: Tensor, stride: int) -> None:
     """Raise ValueError where halving would lose rows or columns of (B, C, H, W) images."""
     height, width = images.shape[-2:]
     if height % stride or width % stride:
-        raise ValueError(
-            f"Height and width must be multiples of {stride}, but are {height} and {width}: crop or pad the image."
-        )
+        raise ValueError(f"Height and width must be multiples of {stride}, but are {height} and {width}: crop or pad.")

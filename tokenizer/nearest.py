@@ -81,9 +81,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def lookup(
-    indices: Tensor, codebook: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
-) -> Tensor:
+def lookup(indices: Tensor, codebook: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
     """Rows of the codebook, laid out as a feature map.
 
     Args:

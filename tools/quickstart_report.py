@@ -1,6 +1,6 @@
 """Put what a quick start made onto one page: report.html, with every picture inside the file.
 
-    python3 tools/quickstart_report.py --folder quickstart --vq-ckpt VQ.pt --gpt-ckpt GPT.pt --rows cat-face heart
+python3 tools/quickstart_report.py --folder quickstart --vq-ckpt VQ.pt --gpt-ckpt GPT.pt --rows cat-face heart
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def picture(image: Image.Image, scale: int = 1, kind: str = "") -> str:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """A table of names and numbers."""
-    body = "".join(f'<tr><td>{html.escape(name)}<td class="number">{html.escape(value)}' for name, value in rows)
+    cells = [(html.escape(name), html.escape(value)) for name, value in rows]
+    body = "".join(f'<tr><td>{name}<td class="number">{value}' for name, value in cells)
     return f"<table>{body}</table>"
 
 

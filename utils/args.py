@@ -38,19 +38,33 @@ def add_seed_arg(parser: argparse.ArgumentParser, name: str = "--global-seed") -
     parser.add_argument(name, type=int, default=0, help="base seed of everything random")
 
 
+def add_bad_images_arg(group: argparse._ArgumentGroup) -> None:
+    """How many unreadable images a command puts up with."""
+    text = "stop when a larger share of the images cannot be read; those up to it are left out and listed"
+    group.add_argument("--max-bad-share", type=float, default=0.01, help=text)
+
+
 def add_run_args(parser: argparse.ArgumentParser, results_dir: str) -> None:
     """Where a training run lives, how often it speaks and saves, and whether it continues."""
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default=results_dir, help="a numbered folder for each run is made in here")
     group.add_argument("--run-dir", help="use exactly this folder; if it holds checkpoints, training continues")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                       help="continue an unfinished run of the same settings in --results-dir")  # fmt: skip
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue an unfinished run of the same settings in --results-dir",
+    )
     group.add_argument("--cloud-save-path", help="write a second copy of each checkpoint under this folder")
     group.add_argument("--no-local-save", action="store_true", help="write checkpoints to --cloud-save-path alone")
     group.add_argument("--log-every", type=int, default=100, help="steps between log lines")
-    group.add_argument("--ckpt-every", type=int, default=5000, help="steps between checkpoints; the last is always saved")
+    group.add_argument(
+        "--ckpt-every", type=int, default=5000, help="steps between checkpoints; the last is always saved"
+    )
     group.add_argument("--keep-last", type=int, default=0, help="keep this many newest checkpoints; 0 keeps all")
-    group.add_argument("--val-every", type=int, default=0, help="steps between validations; 0 validates at the end alone")
+    group.add_argument(
+        "--val-every", type=int, default=0, help="steps between validations; 0 validates at the end alone"
+    )
 
 
 def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batch_size: int) -> None:
@@ -60,8 +74,12 @@ def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batc
     group.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
     group.add_argument("--global-batch-size", type=int, default=global_batch_size, help="samples per step, all ranks")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw",
-                       help="muon: Muon for the hidden weights, AdamW for the rest")  # fmt: skip
+    group.add_argument(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon: Muon for the hidden weights, AdamW for the rest",
+    )
     group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
     group.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--lr-floor", type=float, default=0.0, help="where a schedule ends, as a share of --lr")
@@ -71,8 +89,12 @@ def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batc
     group.add_argument("--beta2", type=float, default=0.95, help="AdamW")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the global norm; 0 does not clip")
     group.add_argument("--mixed-precision", choices=list(DTYPES), default="bf16", help="autocast format")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                       help="torch.compile the model; the default is yes on a GPU for the GPT, else no")  # fmt: skip
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the model; the default is yes on a GPU for the GPT, else no",
+    )
     group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
 
 

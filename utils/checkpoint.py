@@ -49,7 +49,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint (truncated or of another format): {error}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint (truncated or of another format): {error}"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of tensors or of state dicts")
     return dict(content)
@@ -136,7 +138,9 @@ def fit(
         facts = [
             f"missing {len(missing)} keys, the first {missing[0]}" if missing else "",
             f"{len(unexpected)} unexpected keys, the first {unexpected[0]}" if unexpected else "",
-            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, the model has {tuple(own[wrong[0]].shape)}" if wrong else "",
+            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, the model has {tuple(own[wrong[0]].shape)}"
+            if wrong
+            else "",
             (suggest(weights) if suggest else None) or "",
         ]
         raise CheckpointError(f"{source} is for another model: {'; '.join(filter(None, facts))}") from error

@@ -71,7 +71,9 @@ def _choose_device(launch: Launch, device: str | None) -> torch.device:
     if kind.split(":")[0] != "cuda":
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no GPU here; leave the flag out to run on the CPU")
+        raise ValueError(
+            "device 'cuda' was asked for, but torch sees no GPU here; leave the flag out to run on the CPU"
+        )
     if launch.world_size == 1:
         return torch.device(kind)
     if launch.local_rank >= torch.cuda.device_count():
@@ -186,7 +188,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def init_distributed_mode(args: Any) -> None:
-    """The established entry: start the group and set args.rank, world_size, gpu, distributed, dist_url, dist_backend."""
+    """The established entry: start the group and set rank, world_size, gpu, distributed, dist_url, dist_backend."""
     launch = read_launch()
     device = _choose_device(launch, None)
     args.rank, args.world_size, args.gpu = launch.rank, launch.world_size, launch.local_rank

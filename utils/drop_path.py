@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def drop_path(
-    x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True
-) -> Tensor:
+def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
     """Zero whole samples of `x` (B, ...) with probability `drop_prob`, if `training`.
 
     `scale_by_keep` divides the kept samples by 1 - drop_prob, so that the expected value stays the same.

@@ -32,5 +32,13 @@ def run(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         if os.environ.get("LLAMAGEN_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _sentence(error: Exception) -> str:
+    """What the error says; of one from a loader process the last line, where the reason stands."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+    return text

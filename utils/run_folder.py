@@ -1,9 +1,9 @@
 """Where a training run lives on disk.
 
-    {results_dir}/{NNN}-{model}/        or exactly the folder given as --run-dir
-        args.json  log.txt  metrics.jsonl  tensorboard/
-        checkpoints/{step:07d}.pt
-    {cloud_save_path}/{date}/{NNN}-{model}/checkpoints/      a second copy of every checkpoint, when asked for
+{results_dir}/{NNN}-{model}/        or exactly the folder given as --run-dir
+    args.json  log.txt  metrics.jsonl  tensorboard/
+    checkpoints/{step:07d}.pt
+{cloud_save_path}/{date}/{NNN}-{model}/checkpoints/      a second copy of every checkpoint, when asked for
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ from utils.files import read_json, write_json
 
 # Flags that may differ between a run and its continuation: they do not change what is learned.
 _FREE_FLAGS = {
-    "log_every", "ckpt_every", "keep_last", "num_workers", "run_dir", "resume", "compile", "device", "num_threads",
-    "val_every", "gpt_ckpt", "vq_ckpt", "results_dir", "cloud_save_path", "no_local_save",
-}  # fmt: skip
+    "log_every",
+    "ckpt_every",
+    "keep_last",
+    "num_workers",
+    "run_dir",
+    "resume",
+    "compile",
+    "device",
+    "num_threads",
+    "val_every",
+    "gpt_ckpt",
+    "vq_ckpt",
+    "results_dir",
+    "cloud_save_path",
+    "no_local_save",
+}
 
 
 @dataclass

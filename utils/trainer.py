@@ -122,9 +122,13 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm:
         return tqdm(
-            total=self.settings.total_steps, initial=self.steps_done, unit="step", dynamic_ncols=True,
-            desc=self.run.path.name, disable=not is_main() or not sys.stderr.isatty(),
-        )  # fmt: skip
+            total=self.settings.total_steps,
+            initial=self.steps_done,
+            unit="step",
+            dynamic_ncols=True,
+            desc=self.run.path.name,
+            disable=not is_main() or not sys.stderr.isatty(),
+        )
 
     def _should_stop(self, stop: _StopRequest) -> bool:
         # Asking the other GPUs makes the CPU wait for the step, so it is not done on each.
@@ -170,9 +174,7 @@ class Trainer:
                 self.logger.info(f"Saved checkpoint to {path}")
         barrier()
 
-    def resume(
-        self, given: str | None = None, suggest: checkpoint.Suggest | None = None, restart: bool = False
-    ) -> int:
+    def resume(self, given: str | None = None, suggest: checkpoint.Suggest | None = None, restart: bool = False) -> int:
         """Continue from the run's own newest checkpoint, else from the one `given`, else from scratch.
 
         Every part that the checkpoint has is restored; parts that it lacks (released files hold weights alone) are

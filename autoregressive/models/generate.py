@@ -80,9 +80,7 @@ def decode_n_tokens(
     tokens = cur_token.new_empty(cur_token.shape[0], num_new_tokens)
     for step in range(num_new_tokens):
         guided = guided_at(step, cfg_interval)
-        cur_token, _ = decode_one_token(
-            model, cur_token, input_pos, cfg_scale, guided, cache=cache, **sampling_kwargs
-        )
+        cur_token, _ = decode_one_token(model, cur_token, input_pos, cfg_scale, guided, cache=cache, **sampling_kwargs)
         tokens[:, step : step + 1] = cur_token
         input_pos = input_pos + 1
         if on_token is not None:

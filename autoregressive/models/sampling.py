@@ -36,9 +36,7 @@ def top_k_top_p_filtering(
     return logits
 
 
-def logits_to_probs(
-    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None
-) -> Tensor:
+def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
     """Probabilities (..., V) after temperature (at least 1e-5) and filtering."""
     return top_k_top_p_filtering(logits / max(temperature, 1e-5), top_k=top_k, top_p=top_p).softmax(dim=-1)
 
@@ -54,9 +52,7 @@ def draw(probs: Tensor, generators: Generators | None = None) -> Tensor:
     if generators is None:
         return torch.multinomial(probs, num_samples=1)
     if len(generators) != probs.shape[0]:
-        raise ValueError(
-            f"expected one generator per image, got {len(generators)} for {probs.shape[0]} images"
-        )
+        raise ValueError(f"expected one generator per image, got {len(generators)} for {probs.shape[0]} images")
     noise = [torch.empty_like(probs[0], device=g.device).exponential_(generator=g) for g in generators]
     return (probs / torch.stack(noise).to(probs.device)).argmax(dim=-1, keepdim=True)
 

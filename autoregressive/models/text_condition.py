@@ -13,9 +13,7 @@ def left_pad_text(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     per row.
     """
     if features.shape[:2] != mask.shape:
-        raise ValueError(
-            f"expected (B, T, C) and (B, T), got {tuple(features.shape)} and {tuple(mask.shape)}"
-        )
+        raise ValueError(f"expected (B, T, C) and (B, T), got {tuple(features.shape)} and {tuple(mask.shape)}")
     lengths = mask.bool().sum(dim=1, keepdim=True)
     positions = torch.arange(mask.shape[1], device=mask.device)
     if not torch.equal(mask.bool(), positions < lengths):

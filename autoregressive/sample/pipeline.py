@@ -22,7 +22,9 @@ def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, t
     group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest codes; 0: all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this mass; 1: all")
     group.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier codes, above 1: more variety")
-    group.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="format of the GPT's weights")
+    group.add_argument(
+        "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="format of the GPT's weights"
+    )
 
 
 def sample_codes(
@@ -41,10 +43,18 @@ def sample_codes(
     if seeds is not None:
         generators = [torch.Generator(labels.device).manual_seed(mix_seed(seed)) for seed in seeds]
     return generate(
-        gpt, labels, gpt.block_size, cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, sample_logits=True,
-        generators=generators, on_token=on_token,
-    )  # fmt: skip
+        gpt,
+        labels,
+        gpt.block_size,
+        cfg_scale=args.cfg_scale,
+        cfg_interval=args.cfg_interval,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        sample_logits=True,
+        generators=generators,
+        on_token=on_token,
+    )
 
 
 @torch.no_grad()

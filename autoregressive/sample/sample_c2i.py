@@ -9,6 +9,7 @@ Image number i depends on the checkpoint, the settings, --seed and i alone.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -44,14 +45,18 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--columns", type=int, default=4, help="pictures in a row of the grid")
     what.add_argument("--output", help="the grid's file; the default is sample_{gpt-type}.png")
     add_gpt_args(flags, image_size=384)
-    flags.add_argument("--from-fsdp", action="store_true", help="accepted for old command lines: formats are recognised")
+    flags.add_argument(
+        "--from-fsdp", action="store_true", help="accepted for old command lines: formats are recognised"
+    )
     flags.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     flags.add_argument("--compile", action="store_true", help="torch.compile the GPT")
     add_vq_args(flags)
     add_sampling_args(flags)
     add_runtime_args(flags)
     add_seed_arg(flags, "--seed")
-    flags.add_argument("--legacy-rng", action="store_true", help="draw from the global generator, as upstream's seeds do")
+    flags.add_argument(
+        "--legacy-rng", action="store_true", help="draw from the global generator, as upstream's seeds do"
+    )
     return flags
 
 
@@ -103,8 +108,12 @@ def draw(gpt: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -
         for first in range(0, len(labels), args.batch_size):
             part = labels[first : first + args.batch_size]
             seeds = None if args.legacy_rng else [args.seed + first + i for i in range(len(part))]
-            parts.append(sample_codes(gpt, part, args, seeds, lambda _, n=len(part): bar.update(n)))
+            parts.append(sample_codes(gpt, part, args, seeds, functools.partial(_advance, bar, len(part))))
     return torch.cat(parts)
+
+
+def _advance(bar: tqdm, tokens: int, position: int) -> None:
+    bar.update(tokens)
 
 
 if __name__ == "__main__":

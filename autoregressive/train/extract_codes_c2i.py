@@ -18,7 +18,7 @@ if not __package__:  # started by file path: the repository root takes the place
 
 from autoregressive.train.extraction import extract
 from tokenizer.build import add_vq_args
-from utils.args import add_runtime_args, add_seed_arg, make_parser
+from utils.args import add_bad_images_arg, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
 
 
@@ -30,8 +30,13 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--code-path", required=True, help="folder to write the codes to")
     data.add_argument("--dataset", default="imagenet", help="layout of the images, and prefix of the code folders")
     data.add_argument("--image-size", type=int, default=256, help="edge of the crops in pixels")
-    data.add_argument("--ten-crop", action="store_true", help="ten crops of each image; without: the image and its mirror")
-    data.add_argument("--crop-range", type=float, default=1.1, help="size the ten crops are cut from, over --image-size")
+    add_bad_images_arg(data)
+    data.add_argument(
+        "--ten-crop", action="store_true", help="ten crops of each image; without: the image and its mirror"
+    )
+    data.add_argument(
+        "--crop-range", type=float, default=1.1, help="size the ten crops are cut from, over --image-size"
+    )
     data.add_argument("--batch-size", type=int, default=16, help="images that are encoded at once")
     add_vq_args(flags, ckpt_required=True)
     add_runtime_args(flags)

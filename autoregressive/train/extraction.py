@@ -1,4 +1,4 @@
-"""Turning a folder of images into codes, once, so that the GPT never sees a pixel. `extract_codes_c2i.py` is its command."""
+"""Turning a folder of images into codes, so that the GPT never sees a pixel. `extract_codes_c2i.py` is its command."""
 
 from __future__ import annotations
 
@@ -30,21 +30,27 @@ def extract(args: argparse.Namespace) -> None:
     with process_group(args.device) as device:
         tokenizer = load_tokenizer(args, device)
         if args.image_size % tokenizer.stride:
-            raise ValueError(f"--image-size {args.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}")
+            raise ValueError(
+                f"--image-size {args.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}"
+            )
         images = build_dataset(args, transform=extraction_transform(args.image_size, args.ten_crop, args.crop_range))
         _claim_folder(Path(args.code_path), args, images)
-        _extract_missing(args, tokenizer, NumberedImages(images), device)
+        _extract_missing(args, tokenizer, NumberedImages(images, args.max_bad_share), device)
         barrier()
 
 
-def _extract_missing(args: argparse.Namespace, tokenizer: VQModel, images: NumberedImages, device: torch.device) -> None:
+def _extract_missing(
+    args: argparse.Namespace, tokenizer: VQModel, images: NumberedImages, device: torch.device
+) -> None:
     folder = CodeFolder.named(args.code_path, args.dataset, args.image_size)
     mine = range(get_rank(), len(images), get_world_size())
     missing = [index for index in mine if not folder.has(index)]
     loader = DataLoader(
-        Subset(images, missing), batch_size=args.batch_size, collate_fn=collate_numbered,
+        Subset(images, missing),
+        batch_size=args.batch_size,
+        collate_fn=collate_numbered,
         num_workers=num_workers(args, read_launch().local_size),
-    )  # fmt: skip
+    )
     with tqdm(total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not is_main()) as bar:
         for batch in filter(None, loader):
             indices, crops, labels = batch

@@ -28,6 +28,8 @@ from utils.schedule import lr_factor
 from utils.seeding import seed_step
 from utils.trainer import Trainer, TrainSettings
 
+_CHECKED = 256  # files that are read once before the training begins
+
 Batch = tuple[Tensor, Tensor]  # codes (B, 1, N) int64, labels (B, 1) int64
 
 
@@ -58,15 +60,20 @@ def make_trainer(
     sampler, loader = training_loader(codes, args, device)
     settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
     logger.info(f"GPT Parameters: {sum(p.numel() for p in model.parameters()):,}")
-    logger.info(f"Dataset contains {len(codes):,} images ({args.code_path}), {sampler.batches_per_epoch:,} steps an epoch")
+    logger.info(
+        f"Dataset contains {len(codes):,} images ({args.code_path}), {sampler.batches_per_epoch:,} steps an epoch"
+    )
     trainer = Trainer(
-        run, logger, device, loader,
+        run,
+        logger,
+        device,
+        loader,
         step=TrainStep(args, model, ema, optimizers, scaler, device, settings.total_steps),
         stateful={"model": model, "optimizer": optimizers, "scaler": scaler} | ({"ema": ema} if ema else {}),
         settings=settings,
         extra={"args": vars(args)},
         validate=_validator(args, model, device),
-    )  # fmt: skip
+    )
     sampler.start = trainer.resume(args.gpt_ckpt, describe_weights)
     return trainer
 
@@ -96,6 +103,8 @@ def code_dataset(args: argparse.Namespace, code_path: str) -> Dataset:
             f"{code_path} holds {codes.num_tokens} codes an image; --image-size {args.image_size} with "
             f"--downsample-size {args.downsample_size} makes {grid} x {grid} = {grid**2}"
         )
+    for index in range(0, len(codes), max(len(codes) // _CHECKED, 1)):
+        codes[index]  # a wrong vocabulary or class count is found before any training
     return codes
 
 

@@ -54,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
     dropout = flags.add_argument_group("dropout")
     dropout.add_argument("--dropout-p", type=float, default=0.1, help="residual and FFN dropout")
     dropout.add_argument("--token-dropout-p", type=float, default=0.1, help="dropout of the embedded sequence")
-    dropout.add_argument("--drop-path-rate", type=float, default=0.0,
-                         help="stochastic depth at the last layer; above 0 it replaces --dropout-p")  # fmt: skip
+    dropout.add_argument(
+        "--drop-path-rate",
+        type=float,
+        default=0.0,
+        help="stochastic depth at the last layer; above 0 it replaces --dropout-p",
+    )
     dropout.add_argument("--class-dropout-prob", type=float, default=0.1, help="labels replaced by the null class")
     add_optimizer_args(flags, epochs=300, global_batch_size=256)
     add_run_args(flags, "results")

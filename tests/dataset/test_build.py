@@ -87,7 +87,7 @@ def test_listed_images(tmp_path: Path, save_image: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1, 2]", "not json"])
 def test_bad_lists_of_images(tmp_path: Path, content: str) -> None:
-    with pytest.raises(FileNotFoundError, match="tools/openimage_json.py"):
+    with pytest.raises(FileNotFoundError, match=r"tools/openimage_json.py"):
         DatasetJson(tmp_path)
     (tmp_path / "image_paths.json").write_text(content)
     with pytest.raises(ValueError, match=r"image_paths\.json"):

@@ -42,9 +42,7 @@ def test_code_reader(case: golden.Case, golden_folder: Path) -> None:
     for place, index in enumerate(case.params["order"]):
         outputs[f"item{place}.features"], outputs[f"item{place}.labels"] = dataset[index]
     case.check(outputs, skip=("len",))
-    assert (
-        len(dataset) == 4
-    )  # departs from `len` of the golden: files are counted, not assumed to be 1,281,167
+    assert len(dataset) == 4  # departs from `len` of the golden: files are counted, not assumed to be 1,281,167
 
 
 def test_attributes_of_the_log_line(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_an_incomplete_second_set_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x_ten_crop_105.*2 files are missing, the first 1\.npy"):
         build_dataset(code_args(tmp_path / "x_ten_crop"))
     shutil.rmtree(tmp_path / "x_ten_crop_105" / "imagenet256_labels")
-    with pytest.raises(FileNotFoundError, match="no companion .*imagenet256_labels"):
+    with pytest.raises(FileNotFoundError, match=r"no companion .*imagenet256_labels"):
         build_dataset(code_args(tmp_path / "x_ten_crop"))
 
 
@@ -161,9 +159,7 @@ def test_missing_folders_and_labels(tmp_path: Path) -> None:
         build_dataset(code_args(tmp_path / "nowhere"))
     folder = write_set(tmp_path, [0, 1])
     (folder.labels / "1.npy").unlink()
-    with pytest.raises(
-        ValueError, match=r"imagenet256_labels is incomplete: 1 files are missing, the first 1\.npy"
-    ):
+    with pytest.raises(ValueError, match=r"imagenet256_labels is incomplete: 1 files are missing, the first 1\.npy"):
         build_dataset(code_args(tmp_path))
     shutil.rmtree(folder.codes)
     folder.codes.mkdir()

@@ -28,9 +28,7 @@ from dataset.images import (
 
 def grey(image: torch.Tensor | Image.Image) -> int:
     """The grey value of a one-coloured image."""
-    value = (
-        image.getpixel((0, 0))[0] if isinstance(image, Image.Image) else (float(image[0, 0, 0]) + 1) * 127.5
-    )
+    value = image.getpixel((0, 0))[0] if isinstance(image, Image.Image) else (float(image[0, 0, 0]) + 1) * 127.5
     return round(value)
 
 
@@ -63,12 +61,12 @@ def test_unreadable_files_give_one_clear_error(tmp_path: Path, damage: Callable[
     path = tmp_path / "broken.png"
     Image.effect_noise((64, 64), 50).save(path)
     damage(path)
-    with pytest.raises(UnreadableImage, match="broken.png"):
+    with pytest.raises(UnreadableImage, match=r"broken.png"):
         read_rgb(path)
 
 
 def test_a_decompression_bomb_is_refused(huge_png: Path) -> None:
-    with pytest.raises(UnreadableImage, match="huge.png.*DecompressionBomb"):
+    with pytest.raises(UnreadableImage, match=r"huge.png.*DecompressionBomb"):
         read_rgb(huge_png)
 
 
@@ -93,9 +91,7 @@ def test_class_folders_number_like_image_folder(class_folders: Path) -> None:
     assert (grey(image), label) == (20, 1)
 
 
-def test_a_split_without_some_classes_keeps_the_numbers(
-    tmp_path: Path, save_image: Callable[..., Path]
-) -> None:
+def test_a_split_without_some_classes_keeps_the_numbers(tmp_path: Path, save_image: Callable[..., Path]) -> None:
     save_image(tmp_path / "val" / "c" / "0.png")
     assert ClassFolders(tmp_path / "val")[0][1] == 0
     (tmp_path / "classes.json").write_text(json.dumps(["a", "b", "c"]))
@@ -105,12 +101,12 @@ def test_a_split_without_some_classes_keeps_the_numbers(
 
 def test_a_class_outside_the_list_is_refused(class_folders: Path) -> None:
     (class_folders / "classes.json").write_text(json.dumps(["a", "b"]))
-    with pytest.raises(ValueError, match="'c', which classes.json does not list"):
+    with pytest.raises(ValueError, match=r"'c', which classes.json does not list"):
         ClassFolders(class_folders)
 
 
 def test_missing_and_empty_folders(tmp_path: Path, save_image: Callable[..., Path]) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         ClassFolders(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no sub-folders"):
         ClassFolders(tmp_path)
@@ -122,9 +118,7 @@ def test_missing_and_empty_folders(tmp_path: Path, save_image: Callable[..., Pat
         ClassFolders(tmp_path)
 
 
-def test_training_takes_the_next_readable_image(
-    class_folders: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_takes_the_next_readable_image(class_folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (2, 3, 5):
         truncate(class_folders / "abc"[number // 2] / f"{number}.png", 0.3)
     dataset = SkipBad(ClassFolders(class_folders), max_share=0.5)

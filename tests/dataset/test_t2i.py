@@ -159,9 +159,7 @@ def test_images_beside_their_list_are_found(
 
 
 def test_listed_images_need_no_face_path(small_set: Namespace) -> None:
-    dataset = build_dataset(
-        Namespace(dataset="t2i_image", data_path=small_set.data_path), transform=eval_transform(8)
-    )
+    dataset = build_dataset(Namespace(dataset="t2i_image", data_path=small_set.data_path), transform=eval_transform(8))
     image, line = dataset[3]
     assert (grey(image), line, type(line)) == (30, 3, int)
 

@@ -49,10 +49,7 @@ def ssim_by_scipy(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
 def test_ssim_agrees_with_scipy(data_range):
     x, y = noise(2, 3, 20, 26, seed=0).double(), noise(2, 3, 20, 26, seed=1).double()
     y = 0.6 * x + 0.4 * y
-    want = [
-        np.mean([ssim_by_scipy(a.numpy(), b.numpy(), data_range) for a, b in zip(*pair)])
-        for pair in zip(x, y)
-    ]
+    want = [np.mean([ssim_by_scipy(a.numpy(), b.numpy(), data_range) for a, b in zip(*pair)]) for pair in zip(x, y)]
     assert ssim(x, y, data_range).tolist() == pytest.approx(want, rel=1e-10)
 
 

@@ -55,9 +55,7 @@ def test_established_frechet_distance(case):
     # the established evaluator keeps its mean in float32; here it is float64 like everything else
     skip = ("mu_dtype",)
     case.check({**outputs, "fid": distance_of(ref, sample)}, skip)
-    case.check(
-        {**outputs, "fid": frechet_distance_of_features(case.tensors["ref"], case.tensors["sample"])}, skip
-    )
+    case.check({**outputs, "fid": frechet_distance_of_features(case.tensors["ref"], case.tensors["sample"])}, skip)
     assert ref.mean.dtype == torch.float64
 
 
@@ -180,9 +178,7 @@ def test_established_inception_score(case):
 
 def test_inception_score_bounds():
     assert inception_score(torch.full((12, 5), 0.2)) == pytest.approx(1)  # all images look the same
-    assert inception_score(torch.eye(5).repeat(3, 1)) == pytest.approx(
-        5
-    )  # sure and balanced: the class count
+    assert inception_score(torch.eye(5).repeat(3, 1)) == pytest.approx(5)  # sure and balanced: the class count
 
 
 def test_inception_score_stays_finite_when_a_probability_underflows():
@@ -196,9 +192,7 @@ def test_splits_are_consecutive_and_a_short_one_counts_fully():
     one_class, two_classes = torch.eye(2)[[0, 0, 0, 0]], torch.eye(2)[[0, 1]]
     probabilities = torch.cat([one_class, two_classes])
     assert inception_score(probabilities, split_size=4) == pytest.approx((1 + 2) / 2)
-    assert inception_score(probabilities.flip(0), split_size=4) == pytest.approx(
-        (math.exp(entropy(0.25)) + 1) / 2
-    )
+    assert inception_score(probabilities.flip(0), split_size=4) == pytest.approx((math.exp(entropy(0.25)) + 1) / 2)
 
 
 def entropy(p: float) -> float:

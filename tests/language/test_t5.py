@@ -14,8 +14,7 @@ from transformers import T5Config, T5EncoderModel
 from language.t5 import T5Embedder
 
 TEXT = (
-    "a the cat dog red blue horse riding person photo of on in lake mountain "
-    "hello world green big small car snow sun"
+    "a the cat dog red blue horse riding person photo of on in lake mountain hello world green big small car snow sun"
 )
 LONG = " ".join(["a photo of the red cat"] * 20)
 

@@ -153,9 +153,7 @@ def test_step(case):
     state = loss.discriminator.state_dict()
     outputs["disc_grad_l2"] = gradient_norms(loss.discriminator)
     for name, parameter in loss.discriminator.named_parameters():
-        outputs[f"disc_grad.{name}"] = (
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        )
+        outputs[f"disc_grad.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     outputs |= {f"disc_after.{key}": state[key] for key in case.params["disc_state_after"]}
     if loss.is_adversarial(step):
         case.check(outputs)
@@ -163,9 +161,7 @@ def test_step(case):
         # Before its start the discriminator does not run, so that it has no outputs and keeps its statistics.
         assert not logits and disc_loss == 0
         running = {name for name in case.outputs if name.startswith("disc_after.")}
-        case.check(
-            outputs, skip=("gen_logits_fake", "parts", "logged_generator", "logged_discriminator", *running)
-        )
+        case.check(outputs, skip=("gen_logits_fake", "parts", "logged_generator", "logged_discriminator", *running))
         known = {k: v for k, v in case.expect["logged_generator"].items() if k != "disc_adaptive_weight"}
         assert {k: terms[k] for k in known} == pytest.approx(known, abs=1e-4)
 
@@ -181,9 +177,7 @@ def test_train_iterations(case):
     adam = {"lr": optim["lr"], "betas": (optim["beta1"], optim["beta2"])}
     optimizer = torch.optim.Adam(model.parameters(), **adam)
     disc_optimizer = torch.optim.Adam(loss.discriminator.parameters(), **adam)
-    history = {
-        name: [] for name in ("gen_loss", "disc_loss", "gen_grad_norm", "disc_grad_norm", "codebook_usage")
-    }
+    history = {name: [] for name in ("gen_loss", "disc_loss", "gen_grad_norm", "disc_grad_norm", "codebook_usage")}
     for i in range(case.params["iterations"]):
         x, step = case.tensors[f"x{i}"], case.params["train_steps_start"] + i + 1
         recons, codebook_loss = model(x)
@@ -333,9 +327,7 @@ class TestTerms:
         total = loss(codebook_loss, x, recons, 0, 1, last_layer=last_layer)
         weight = loss.terms["disc_adaptive_weight"]
         reconstruction = torch.autograd.grad(F.mse_loss(x, recons), last_layer, retain_graph=True)[0]
-        adversarial = torch.autograd.grad(-loss.discriminator(recons).mean(), last_layer, retain_graph=True)[
-            0
-        ]
+        adversarial = torch.autograd.grad(-loss.discriminator(recons).mean(), last_layer, retain_graph=True)[0]
         torch.testing.assert_close(weight, reconstruction.norm() / (adversarial.norm() + 1e-4))
         total.backward()
         expected = reconstruction + 0.5 * weight * adversarial

@@ -24,12 +24,9 @@ def test_distance(case):
     distance.mean().backward()
     features = network.net(network.scaling_layer(x))._asdict()
     statistics = {
-        name: {"shape": list(f.shape), "mean": f.mean().item(), "std": f.std().item()}
-        for name, f in features.items()
+        name: {"shape": list(f.shape), "mean": f.mean().item(), "std": f.std().item()} for name, f in features.items()
     }
-    case.check(
-        {"distance": distance, "grad_y": y.grad, "self_distance": network(x, x), "features": statistics}
-    )
+    case.check({"distance": distance, "grad_y": y.grad, "self_distance": network(x, x), "features": statistics})
 
 
 def test_hashed_trunk_with_published_linear_weights():

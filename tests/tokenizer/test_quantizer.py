@@ -201,9 +201,7 @@ class TestGradients:
         torch.testing.assert_close(results[0], results[1])
         unit = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, 8), dim=1)
         distance = torch.cdist(unit, F.normalize(quantizer.embedding.weight, dim=1)).square()
-        torch.testing.assert_close(
-            results[0][0], 0.3 * compute_entropy_loss(-distance).detach(), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(results[0][0], 0.3 * compute_entropy_loss(-distance).detach(), atol=1e-4, rtol=0)
 
     def test_entropy_is_not_computed_at_ratio_zero(self, monkeypatch):
         monkeypatch.setattr(quantizer_module, "_code_entropies", None)

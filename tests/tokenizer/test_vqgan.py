@@ -123,9 +123,7 @@ def test_registry():
     ]
     for name, (config, _) in VQGAN_FROM_TAMING.items():
         assert config == f"tokenizer/vqgan/configs/{name}.yaml"
-    imagenet = yaml.safe_load((ROOT / "tokenizer/vqgan/configs/vqgan_imagenet_f16_16384.yaml").read_text())[
-        "model"
-    ]
+    imagenet = yaml.safe_load((ROOT / "tokenizer/vqgan/configs/vqgan_imagenet_f16_16384.yaml").read_text())["model"]
     assert imagenet["base_learning_rate"] == 4.5e-06
     assert imagenet["params"]["monitor"] == "val/rec_loss"
     assert imagenet["params"]["lossconfig"]["params"]["disc_weight"] == 0.75
@@ -134,9 +132,7 @@ def test_registry():
 def test_decoder_levels_run_from_coarse_to_fine():
     with torch.device("meta"):
         model = _published("vqgan_imagenet_f16_1024")
-    widths = [
-        (level.block[0].norm1.num_channels, level.block[0].norm2.num_channels) for level in model.decoder.up
-    ]
+    widths = [(level.block[0].norm1.num_channels, level.block[0].norm2.num_channels) for level in model.decoder.up]
     assert widths == [(128, 128), (256, 128), (256, 256), (512, 256), (512, 512)]
     assert model.stride == 16
 
@@ -174,9 +170,7 @@ class TestQuantizer:
         torch.testing.assert_close(4 * gradients[True][1], gradients[False][1])
 
     def test_sane_shape_and_contiguity(self):
-        quant, _, (_, _, indices) = VectorQuantizer(16, 4, 0.25, sane_index_shape=True)(
-            torch.randn(2, 4, 3, 5)
-        )
+        quant, _, (_, _, indices) = VectorQuantizer(16, 4, 0.25, sane_index_shape=True)(torch.randn(2, 4, 3, 5))
         assert indices.shape == (2, 3, 5)
         assert quant.is_contiguous()
 

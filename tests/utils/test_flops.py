@@ -92,9 +92,7 @@ def test_decoding_by_hand():
     assert flops.decode_flops_per_token(shape, context=10) == 2 * weights + 4 * 2 * 32 * 10
     assert flops.cache_bytes(shape, rows=3, positions=10) == 2 * 3 * 10 * 2 * 32 * 2 == 7680
     assert flops.decode_bytes_per_step(shape, 3, 10) == 2 * weights + 7680
-    assert flops.decode_bytes_per_step(shape, 3, 10, bytes_per_value=4) == 2 * flops.decode_bytes_per_step(
-        shape, 3, 10
-    )
+    assert flops.decode_bytes_per_step(shape, 3, 10, bytes_per_value=4) == 2 * flops.decode_bytes_per_step(shape, 3, 10)
     # 15 steps that see 2, 3, ... 16 positions: 135 in all
     assert flops.decode_bytes_per_image(shape, rows=3) == (15 * 2 * weights + 135 * 768) / 3
 

@@ -51,14 +51,10 @@ def test_antialiasing_flattens_a_checkerboard():
     assert resize_bicubic(board, 8, antialias=True).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize(
-    ("count", "columns", "padding"), [(8, 4, 2), (5, 4, 2), (3, 8, 1), (1, 4, 2), (4, 1, 0)]
-)
+@pytest.mark.parametrize(("count", "columns", "padding"), [(8, 4, 2), (5, 4, 2), (3, 8, 1), (1, 4, 2), (4, 1, 0)])
 def test_grid_is_the_one_torchvision_writes(tmp_path, count, columns, padding):
     images = noise(count, 3, 12, 10)
-    save_image(
-        images, tmp_path / "want.png", nrow=columns, padding=padding, normalize=True, value_range=(-1, 1)
-    )
+    save_image(images, tmp_path / "want.png", nrow=columns, padding=padding, normalize=True, value_range=(-1, 1))
     want = np.asarray(Image.open(tmp_path / "want.png"))
     assert np.array_equal(np.asarray(make_grid_image(images, columns, padding)), want)
 
@@ -82,9 +78,7 @@ def test_grid_does_not_change_its_input():
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize(
-    "kind", [torch.as_tensor, np.asarray, Image.fromarray], ids=["tensor", "array", "pil"]
-)
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, Image.fromarray], ids=["tensor", "array", "pil"])
 def test_png_round_trip(tmp_path, kind):
     picture = to_uint8(noise(1, 3, 9, 7))[0].numpy()
     save_png(kind(picture), tmp_path / "new" / "a.png")
@@ -94,9 +88,7 @@ def test_png_round_trip(tmp_path, kind):
 
 def test_metadata_is_readable(tmp_path):
     picture = to_uint8(noise(1, 3, 4, 4))[0]
-    save_png(
-        picture, tmp_path / "a.png", {"prompt": "a cat", "caption": "猫", "seed": 7, "labels": [207, 360]}
-    )
+    save_png(picture, tmp_path / "a.png", {"prompt": "a cat", "caption": "猫", "seed": 7, "labels": [207, 360]})
     text = Image.open(tmp_path / "a.png").text
     assert dict(text) == {"prompt": "a cat", "caption": "猫", "seed": "7", "labels": "[207, 360]"}
     assert b"tEXtprompt\0a cat" in (tmp_path / "a.png").read_bytes()

@@ -123,7 +123,8 @@ def test_optimizers_resume_moments_but_keep_this_runs_learning_rate():
     second.set_lr_factor(0.5)
     assert [group["lr"] for member in second.members for group in member.param_groups] == [0.15, 0.15]
     torch.testing.assert_close(
-        second.members[0].state[other.weight]["momentum_buffer"], first.members[0].state[layer.weight]["momentum_buffer"]
+        second.members[0].state[other.weight]["momentum_buffer"],
+        first.members[0].state[layer.weight]["momentum_buffer"],
     )
 
 

@@ -53,8 +53,7 @@ def revive_dead_codes(
     """
     if used.dtype != torch.bool or tuple(used.shape) != (quantizer.n_e,):
         raise ValueError(
-            f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of "
-            f"shape {tuple(used.shape)}."
+            f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of shape {tuple(used.shape)}."
         )
     weight = quantizer.embedding.weight
     dead = ~used.to(weight.device)

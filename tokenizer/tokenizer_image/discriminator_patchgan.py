@@ -18,9 +18,7 @@ class NLayerDiscriminator(nn.Module):
         use_actnorm: `ActNorm` instead of batch normalisation.
     """
 
-    def __init__(
-        self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False
-    ) -> None:
+    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False) -> None:
         super().__init__()
         norm = ActNorm if use_actnorm else nn.BatchNorm2d
         layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]

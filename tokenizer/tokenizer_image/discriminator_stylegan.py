@@ -84,9 +84,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList([nn.Conv2d(input_nc, width[image_size], 3, padding=1), leaky_relu()])
         self.blocks.extend(DiscriminatorBlock(width[size], width[half]) for size, half in pairwise(sizes))
         self.final_conv = nn.Sequential(nn.Conv2d(width[4], width[4], 3, padding=1), leaky_relu())
-        self.final_linear = nn.Sequential(
-            nn.Linear(width[4] * 4 * 4, width[4]), leaky_relu(), nn.Linear(width[4], 1)
-        )
+        self.final_linear = nn.Sequential(nn.Linear(width[4] * 4 * 4, width[4]), leaky_relu(), nn.Linear(width[4], 1))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (self.image_size, self.image_size):

@@ -15,7 +15,7 @@ from utils.image import to_float, to_uint8
 
 @torch.no_grad()
 def reconstruct(model: VQModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode to codes and decode them: images (B, 3, H, W) in [-1, 1] -> (reconstructions alike, codes (B, h*w) int64)."""
+    """Encode and decode: images (B, 3, H, W) in [-1, 1] -> (reconstructions alike, codes (B, h*w) int64)."""
     quant, _, (_, _, indices) = model.encode(images)
     return model.decode_code(indices, quant.shape), indices.view(len(images), -1)
 
@@ -38,7 +38,7 @@ def evaluate_reconstruction(
             images = images.to(device)
             outputs, codes = reconstruct(model, images)
             counts += torch.bincount(codes.flatten(), minlength=len(counts))
-            quality = psnr(to_float(to_uint8(outputs)), to_float(to_uint8(images)))
+            quality = psnr(to_float(to_uint8(outputs)), to_float(to_uint8(images)), data_range=2.0)
             totals += torch.stack([quality.double().sum(), torch.tensor(len(images), device=device)])
     model.train(was_training)
     counts, (quality, images_seen) = sum_over_ranks(counts), sum_over_ranks(totals).tolist()

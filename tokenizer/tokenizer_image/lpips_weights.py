@@ -63,9 +63,7 @@ def get_ckpt_path(name: str = "vgg_lpips", root: str | Path | None = None) -> Pa
         ) from error
     if md5_hash(path) != MD5_MAP[name]:
         path.unlink()
-        raise ValueError(
-            f"{URL_MAP[name]} did not give the linear LPIPS weights: install the PyPI package 'lpips'."
-        )
+        raise ValueError(f"{URL_MAP[name]} did not give the linear LPIPS weights: install the PyPI package 'lpips'.")
     return path
 
 

@@ -40,11 +40,13 @@ def train(args: argparse.Namespace) -> None:
     apply_threads(args)
     allow_tf32()
     with process_group(args.device) as device:
-        images = SkipBad(build_dataset(args, transform=train_transform(args.image_size)))
+        images = SkipBad(build_dataset(args, transform=train_transform(args.image_size)), args.max_bad_share)
         seed_step(args.global_seed, 0, 0)  # equal initial weights on all ranks and in all restarts
         model = new_model(args).to(device, memory_format=torch.channels_last)
         if args.image_size % model.stride:
-            raise ValueError(f"--image-size {args.image_size} is not a multiple of the stride {model.stride} of {args.vq_model}")
+            raise ValueError(
+                f"--image-size {args.image_size} is not a multiple of the stride {model.stride} of {args.vq_model}"
+            )
         run = open_run(args, args.vq_model)
         logger = create_logger(run.path)
         logger.info(f"Experiment directory: {run.path}; settings: {args}")
@@ -54,7 +56,15 @@ def train(args: argparse.Namespace) -> None:
         settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
         step = TrainStep(args, model, images, device, settings.total_steps)
         trainer = Trainer(
-            run, logger, device, loader, step, step.stateful(), settings, {"args": vars(args)}, _validator(args, model, device)
+            run,
+            logger,
+            device,
+            loader,
+            step,
+            step.stateful(),
+            settings,
+            {"args": vars(args)},
+            _validator(args, model, device),
         )
         sampler.start = trainer.resume(args.vq_ckpt, describe_weights, restart=args.finetune)
         trainer.fit()
@@ -73,7 +83,7 @@ def new_model(args: argparse.Namespace) -> VQModel:
 
 
 def new_loss(args: argparse.Namespace) -> VQLoss:
-    """Reconstruction, perceptual and adversarial losses with the weights of `args`; a weight of 0 leaves its net out."""
+    """Reconstruction, perceptual and adversarial losses as `args` weighs them; a weight of 0 leaves its net out."""
     return VQLoss(
         disc_start=args.disc_start,
         disc_weight=args.disc_weight,

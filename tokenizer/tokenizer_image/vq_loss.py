@@ -238,9 +238,7 @@ def adaptive_disc_weight(nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | 
     """Ratio of both losses' gradient norms at `last_layer`, between 0 and 10,000, detached (VQGAN, eq. 7)."""
     if last_layer is None:
         raise ValueError("The adaptive discriminator weight needs last_layer: pass decoder.last_layer.")
-    nll_grad, g_grad = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll_loss, g_loss)
-    )
+    nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll_loss, g_loss))
     return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()
 
 

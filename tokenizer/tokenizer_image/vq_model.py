@@ -220,9 +220,7 @@ class VQModel(nn.Module):
         """Quantized latents (B, codebook_embed_dim, h, w) to images (B, 3, h*stride, w*stride)."""
         return self.decoder(self.post_quant_conv(quant))
 
-    def decode_code(
-        self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
-    ) -> Tensor:
+    def decode_code(self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
         """Codes to images (B, 3, h*stride, w*stride).
 
         Args:

@@ -19,7 +19,7 @@ if not __package__:  # started by file path: the repository root takes the place
 
 from tokenizer.build import add_vq_args
 from tokenizer.tokenizer_image.recipe import train
-from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
+from utils.args import add_bad_images_arg, add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
 
 DATASETS = ["imagenet", "coco", "openimage", "pexels", "t2i_image"]
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--val-images", type=int, default=1000, help="how many of them, at most")
     data.add_argument("--dataset", choices=DATASETS, default="imagenet", help="layout of the images")
     data.add_argument("--image-size", type=int, default=256, help="edge of the square crops in pixels")
+    add_bad_images_arg(data)
     add_vq_args(flags)
     flags.add_argument("--finetune", action="store_true", help="with --vq-ckpt: take its weights, count steps from 0")
     _add_codebook_args(flags)
@@ -49,14 +50,24 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_codebook_args(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("codebook")
-    group.add_argument("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=True, help="codes of length 1")
+    group.add_argument(
+        "--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=True, help="codes of length 1"
+    )
     group.add_argument("--codebook-weight", type=float, default=1.0, help="weight of the codebook's losses")
     group.add_argument("--commit-loss-beta", type=float, default=0.25, help="pull of the encoder towards its codes")
     group.add_argument("--entropy-loss-ratio", type=float, default=0.0, help="reward for using many codes")
-    group.add_argument("--codebook-init", choices=["uniform", "kmeans"], default="uniform",
-                       help="kmeans: start from clusters of the untrained encoder's outputs")  # fmt: skip
-    group.add_argument("--revive-every", type=int, default=0,
-                       help="move unused codes onto data every so many steps, in the first 80%% of training; 0: never")  # fmt: skip
+    group.add_argument(
+        "--codebook-init",
+        choices=["uniform", "kmeans"],
+        default="uniform",
+        help="kmeans: start from clusters of the untrained encoder's outputs",
+    )
+    group.add_argument(
+        "--revive-every",
+        type=int,
+        default=0,
+        help="every so many steps, in the first 80%% of training, move unused codes onto data",
+    )
     group.add_argument("--dropout-p", type=float, default=0.0, help="dropout in the residual blocks")
 
 
@@ -71,8 +82,12 @@ def _add_loss_args(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--disc-start", type=int, default=20000, help="first step with the adversarial loss")
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
     group.add_argument("--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="its loss")
-    group.add_argument("--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="the tokenizer's side of it")
-    group.add_argument("--disc-adaptive-weight", action="store_true", help="balance it by gradient norms at the last layer")
+    group.add_argument(
+        "--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="the tokenizer's side of it"
+    )
+    group.add_argument(
+        "--disc-adaptive-weight", action="store_true", help="balance it by gradient norms at the last layer"
+    )
 
 
 if __name__ == "__main__":

@@ -62,9 +62,7 @@ class VQModel(nn.Module):
         super().__init__()
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.quantize = VectorQuantizer(
-            n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
-        )
+        self.quantize = VectorQuantizer(n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if ckpt_path is not None:
@@ -106,9 +104,7 @@ class VQModel(nn.Module):
         """Quantized latents (B, embed_dim, h, w) to images."""
         return self.decoder(self.post_quant_conv(quant))
 
-    def decode_code(
-        self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
-    ) -> Tensor:
+    def decode_code(self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
         """Codes to images; `shape` is (B, embed_dim, h, w), without `channel_first` (B, h, w, embed_dim)."""
         if shape is None:
             raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")

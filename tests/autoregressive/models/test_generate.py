@@ -42,9 +42,7 @@ def test_generation_matches_the_golden(case, step_logits):
         torch.manual_seed(params["seed_before_generate"])
     options = {name: params[name] for name in ("cfg_scale", "cfg_interval") if name in params}
     emb_masks = case.tensors.get("emb_masks")
-    tokens = generate(
-        model, case.tensors["cond"], params["max_new_tokens"], emb_masks, **options, **params["sampling"]
-    )
+    tokens = generate(model, case.tensors["cond"], params["max_new_tokens"], emb_masks, **options, **params["sampling"])
     logits = torch.stack(step_logits, dim=1)
     case.check(
         {
@@ -61,8 +59,7 @@ def cached_logits(model, cond: Tensor, tokens: Tensor, cache: DecodeCache | None
     prefix = model.cls_token_num
     first, _ = model(None, cond, torch.arange(prefix), cache=cache)
     steps = [
-        model(tokens[:, i : i + 1], None, torch.tensor([prefix + i]), cache=cache)[0]
-        for i in range(tokens.shape[1])
+        model(tokens[:, i : i + 1], None, torch.tensor([prefix + i]), cache=cache)[0] for i in range(tokens.shape[1])
     ]
     return first, torch.cat(steps, dim=1)
 
@@ -82,9 +79,7 @@ def test_cached_forward_matches_the_golden(case, own_caches):
         if full_mask is not None:
             model.causal_mask[:, :positions, :positions] = full_mask[:, 0]
     else:
-        cache = DecodeCache.allocate(
-            model.config, batch, positions, torch.float32, torch.device("cpu"), key_mask
-        )
+        cache = DecodeCache.allocate(model.config, batch, positions, torch.float32, torch.device("cpu"), key_mask)
     with torch.no_grad():
         full, _ = model(tokens, cond, torch.arange(positions), mask=full_mask)
         first, rest = cached_logits(model, cond, tokens, cache)
@@ -344,9 +339,7 @@ def test_one_token_and_any_number_up_to_the_block_size():
     model, label = random_model(), torch.tensor([1, 3])
     whole = generate(model, label, 9, cfg_scale=2.0, sample_logits=False)
     for count in (1, 2, 8):
-        assert torch.equal(
-            generate(model, label, count, cfg_scale=2.0, sample_logits=False), whole[:, :count]
-        )
+        assert torch.equal(generate(model, label, count, cfg_scale=2.0, sample_logits=False), whole[:, :count])
     for count in (0, 10):
         with pytest.raises(ValueError, match="block_size"):
             generate(model, label, count)
@@ -440,9 +433,7 @@ def test_caption_features_of_another_dtype_are_cast():
     assert torch.equal(tokens, generate(model, features.bfloat16(), 9, emb_masks, **options))
 
 
-@pytest.mark.parametrize(
-    ("interval", "guided_steps"), [(-1, 8), (0, 1), (3, 4), (3.5, 4), (-0.5, 0), (100, 8)]
-)
+@pytest.mark.parametrize(("interval", "guided_steps"), [(-1, 8), (0, 1), (3, 4), (3.5, 4), (-0.5, 0), (100, 8)])
 def test_the_null_half_is_computed_only_while_guided(interval, guided_steps):
     model, rows = random_model(), []
     model.register_forward_pre_hook(lambda _, args: rows.append(len(args[1] if args[0] is None else args[0])))

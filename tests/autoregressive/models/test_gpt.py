@@ -118,9 +118,7 @@ def test_published_sizes_have_the_published_keys_and_counts(case):
             with torch.device("meta"):
                 model = GPT_models[size](model_type=model_type, cls_token_num=prefix)
             state = model.state_dict()
-            keys = [
-                [k, list(state[k].shape), str(state[k].dtype).removeprefix("torch.")] for k in sorted(state)
-            ]
+            keys = [[k, list(state[k].shape), str(state[k].dtype).removeprefix("torch.")] for k in sorted(state)]
             body = [entry for entry in stored["keys_c2i"] if not entry[0].startswith("cls_embedding.")]
             assert keys == (stored["keys_c2i"] if model_type == "c2i" else [*stored["cond_keys_t2i"], *body])
             assert len(keys) == 7 * facts["config"]["n_layer"] + (4 if model_type == "c2i" else 6)

@@ -128,9 +128,7 @@ def test_a_token_is_rotated_with_its_own_cell():
 def test_weights_tell_nothing_of_the_image_size():
     small, large = random_model(), random_model(block_size=16)
     large.load_state_dict(small.state_dict())
-    assert {k: v.shape for k, v in small.state_dict().items()} == {
-        k: v.shape for k, v in large.state_dict().items()
-    }
+    assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in large.state_dict().items()}
 
 
 def test_residuals_are_bfloat16_when_cast_and_float32_under_autocast():

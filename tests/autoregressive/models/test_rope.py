@@ -22,12 +22,9 @@ def test_tables_match_the_golden(case):
         shapes.append([grid, width, prefix, base, list(table.shape)])
         outputs[f"2d_g{grid}_d{width}_c{prefix}_b{base}"] = table
     for length, width, prefix, base in case.params["cases_1d"]:
-        outputs[f"1d_s{length}_d{width}_c{prefix}_b{base}"] = precompute_freqs_cis(
-            length, width, base, prefix
-        )
+        outputs[f"1d_s{length}_d{width}_c{prefix}_b{base}"] = precompute_freqs_cis(length, width, base, prefix)
     strided = {
-        name: table[:: case.params["stride"]] if table.numel() >= 20_000 else table
-        for name, table in outputs.items()
+        name: table[:: case.params["stride"]] if table.numel() >= 20_000 else table for name, table in outputs.items()
     }
     case.check({**strided, "shapes_2d": shapes})
 

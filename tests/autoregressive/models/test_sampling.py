@@ -14,9 +14,7 @@ from tests import golden
 @golden.cases("gpt.filter")
 def test_filtering_matches_the_golden(case):
     logits = case.tensors["logits"]
-    filtered = {
-        name: top_k_top_p_filtering(logits, **options) for name, options in case.params["cases"].items()
-    }
+    filtered = {name: top_k_top_p_filtering(logits, **options) for name, options in case.params["cases"].items()}
     case.check(
         {
             **{f"filtered.{name}": values for name, values in filtered.items()},

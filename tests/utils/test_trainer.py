@@ -1,0 +1,158 @@
+"""The training loop on a toy problem: exact resume, signals, broken losses, checkpoints, metrics."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dataset.sampler import training_loader
+from utils import checkpoint
+from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
+from utils.errors import Interrupted
+from utils.logger import create_logger, read_metrics
+from utils.optim import Optimizers, adamw, decay_groups
+from utils.run_folder import open_run
+from utils.trainer import Trainer, TrainSettings
+
+CPU = torch.device("cpu")
+
+
+def arguments(tmp_path, *flags):
+    parser = make_parser(None)
+    add_optimizer_args(parser, epochs=1, global_batch_size=4)
+    add_run_args(parser, str(tmp_path / "results"))
+    add_runtime_args(parser)
+    add_seed_arg(parser)
+    return parser.parse_args(["--lr", "0.01", "--num-workers", "0", "--log-every", "2", *flags])
+
+
+def toy_trainer(args, after_step=lambda number: None, loss_scale=lambda number: 1.0):
+    """A linear model with dropout on 10 random points; `after_step` sees each step's number."""
+    torch.manual_seed(0)
+    points = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizers = Optimizers(adamw(decay_groups(model.named_parameters(), 0.1), args.lr, (0.9, 0.95), CPU))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    sampler, loader = training_loader(TensorDataset(points), args, CPU)
+
+    def step(batches, number):
+        losses = []
+        for (x,) in batches:
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean() * loss_scale(number)
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        optimizers.update(scaler, args.max_grad_norm)
+        after_step(number)
+        return {"loss": torch.stack(losses).mean()}
+
+    run = open_run(args, "toy")
+    trainer = Trainer(
+        run, create_logger(run.path), CPU, loader, step, {"model": model, "optimizer": optimizers},
+        TrainSettings.from_args(args, sampler.batches_per_epoch), {"args": vars(args)},
+    )  # fmt: skip
+    sampler.start = trainer.resume()
+    return trainer
+
+
+def final_weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.stateful["model"].parameters()])
+
+
+def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(tmp_path):
+    whole = toy_trainer(arguments(tmp_path, "--max-steps", "9", "--run-dir", str(tmp_path / "whole")))
+    whole.fit()
+    stop_at_5 = lambda number: number == 5 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    args = arguments(tmp_path, "--max-steps", "9", "--run-dir", str(tmp_path / "parts"))
+    with pytest.raises(Interrupted) as stop:
+        toy_trainer(args, after_step=stop_at_5).fit()
+    assert stop.value.signum == signal.SIGTERM
+    resumed = toy_trainer(args)
+    assert resumed.steps_done == 5
+    resumed.fit()
+    assert torch.equal(final_weights(whole), final_weights(resumed))
+    losses = [
+        [(e["step"], e["loss"]) for e in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")
+    ]
+    assert losses[0][0] == losses[1][0] and losses[0][-1] == losses[1][-1]
+
+
+def test_metrics_written_after_the_last_checkpoint_of_a_killed_run_are_dropped(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "6", "--ckpt-every", "3", "--run-dir", str(tmp_path / "run"))
+    toy_trainer(args).fit()
+    (tmp_path / "run" / "checkpoints" / "0000006.pt").unlink()  # as if killed between step 3 and 6
+    toy_trainer(args).fit()
+    assert [e["step"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2, 4, 6]
+
+
+def test_the_last_step_is_saved_and_only_the_newest_are_kept(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "7", "--ckpt-every", "2", "--keep-last", "2")
+    trainer = toy_trainer(args)
+    trainer.fit()
+    folder = trainer.run.path / "checkpoints"
+    assert sorted(os.listdir(folder)) == ["0000006.pt", "0000007.pt"]
+    content = checkpoint.read(folder / "0000007.pt")
+    assert content["steps"] == 7 and content["args"]["lr"] == 0.01
+
+
+def test_a_finished_run_dir_does_nothing_more(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "3", "--run-dir", str(tmp_path / "run"))
+    first = toy_trainer(args)
+    first.fit()
+    again = toy_trainer(args, after_step=lambda number: pytest.fail("trained on"))
+    again.fit()
+    assert torch.equal(final_weights(first), final_weights(again))
+
+
+def test_the_same_command_continues_an_unfinished_run_and_starts_a_new_one_after_a_finished_one(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "4")
+    with pytest.raises(Interrupted):
+        toy_trainer(args, after_step=lambda number: number == 2 and os.kill(os.getpid(), signal.SIGINT)).fit()
+    second = toy_trainer(args)
+    assert (second.run.path.name, second.steps_done) == ("000-toy", 2)
+    second.fit()
+    assert toy_trainer(args).run.path.name == "001-toy"
+    assert toy_trainer(arguments(tmp_path, "--max-steps", "4", "--no-resume")).run.path.name == "002-toy"
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "9", "--ckpt-every", "3", "--log-every", "100")
+    trainer = toy_trainer(args, loss_scale=lambda number: float("nan") if number >= 5 else 1.0)
+    with pytest.raises(ValueError, match=r"loss is not a finite number at step 6.*0000003\.pt"):
+        trainer.fit()
+    assert os.listdir(trainer.run.path / "checkpoints") == ["0000003.pt"]
+
+
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path):
+    def weights(*flags):
+        trainer = toy_trainer(
+            arguments(tmp_path, "--max-steps", "3", "--run-dir", str(tmp_path / flags[-1]), *flags[:-1])
+        )
+        trainer.stateful["model"][1].p = 0.0
+        trainer.fit()
+        return final_weights(trainer)
+
+    torch.testing.assert_close(weights("--gradient-accumulation-steps", "2", "two"), weights("one"))
+
+
+def test_learning_rate_of_the_command_wins_over_the_checkpoint(tmp_path):
+    toy_trainer(arguments(tmp_path, "--max-steps", "2", "--run-dir", str(tmp_path / "run"))).fit()
+    args = arguments(tmp_path, "--max-steps", "4", "--run-dir", str(tmp_path / "run"))
+    args.lr = 0.5
+    assert toy_trainer(args).stateful["optimizer"].members[0].param_groups[0]["lr"] == 0.5
+
+
+def test_no_local_save_needs_somewhere_else(tmp_path):
+    with pytest.raises(ValueError, match="--cloud-save-path"):
+        toy_trainer(arguments(tmp_path, "--no-local-save"))
+
+
+def test_checkpoints_go_to_the_second_place_too_and_are_found_there(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "3", "--no-local-save", "--cloud-save-path", str(tmp_path / "cloud"),
+                     "--run-dir", str(tmp_path / "run"))  # fmt: skip
+    toy_trainer(args).fit()
+    (found,) = (tmp_path / "cloud").rglob("*.pt")
+    assert found.name == "0000003.pt" and found.parent.parent.name == "run"
+    assert toy_trainer(args).steps_done == 3
