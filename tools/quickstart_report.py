@@ -42,7 +42,8 @@ _PAGE = """<!doctype html>
 <style>
  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
  img {{ image-rendering: pixelated; max-width: 100%; display: block }} img.plot {{ image-rendering: auto }}
- table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd }}
+ table {{ border-collapse: collapse }}
+ td {{ padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd }}
  td.number {{ text-align: right; font-variant-numeric: tabular-nums }} figure {{ margin: 1rem 0 }}
  .rows {{ display: grid; grid-template-columns: max-content 1fr; align-items: center; gap: .3rem 1rem }}
  footer {{ color: #666; font-size: .85em; margin-top: 2rem }}

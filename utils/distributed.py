@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             int(environ["SLURM_PROCID"]),
             int(environ["SLURM_NTASKS"]),
             int(environ.get("SLURM_LOCALID", 0)),
-            int(environ.get("SLURM_NTASKS_PER_NODE", 1)),
+            int(re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]),  # such as "4(x2)"
             "slurm",
         )
     return Launch()

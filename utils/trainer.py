@@ -11,7 +11,6 @@ import argparse
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from utils import checkpoint
 from utils.distributed import any_rank, barrier, get_rank, is_main, mean_over_ranks
 from utils.errors import Interrupted
 from utils.logger import Metrics
+from utils.progress import progress
 from utils.run_folder import RunFolder, mark_finished
 from utils.seeding import seed_step
 
@@ -89,7 +89,7 @@ class Trainer:
             ValueError: when the loss is no longer a finite number; nothing is saved then.
         """
         window, metrics = _Window(self.device), Metrics(self.run.path, self.steps_done)
-        with _StopRequest() as stop, self._progress_bar() as bar:
+        with _StopRequest() as stop, self._bar() as bar:
             for number, batches in self._numbered_batches():
                 seed_step(self.settings.seed, number, get_rank())
                 window.add(self.step(batches, number))
@@ -120,15 +120,8 @@ class Trainer:
         last = at_end and self.steps_done == self.settings.total_steps
         return last or (every > 0 and self.steps_done % every == 0)
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.settings.total_steps,
-            initial=self.steps_done,
-            unit="step",
-            dynamic_ncols=True,
-            desc=self.run.path.name,
-            disable=not is_main() or not sys.stderr.isatty(),
-        )
+    def _bar(self) -> tqdm:
+        return progress(self.settings.total_steps, "step", done=self.steps_done, what=self.run.path.name)
 
     def _should_stop(self, stop: _StopRequest) -> bool:
         # Asking the other GPUs makes the CPU wait for the step, so it is not done on each.
@@ -194,7 +187,7 @@ class Trainer:
         return self.steps_done
 
     def _restore(self, name: str, part: Any, content: Mapping[str, Any], source: Any, suggest: Any) -> None:
-        if name in content and name != "model":
+        if content.get(name) and name != "model":
             state = content[name]
         elif name in ("model", "ema"):
             state = checkpoint.state_dict_of(content, source)
@@ -208,7 +201,7 @@ class Trainer:
 
 
 class _Window:
-    """Sums named losses on the device between two log lines, without waiting for it."""
+    """Keeps named losses on the device between two log lines, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -216,22 +209,21 @@ class _Window:
 
     def reset(self) -> None:
         """Start anew."""
-        self.sums: dict[str, Tensor] = {}
+        self.values: dict[str, list[Tensor]] = {}
         self.count, self.started = 0, time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add the losses of one step."""
         for name, value in values.items():
-            value = torch.as_tensor(value, device=self.device).detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.values.setdefault(name, []).append(torch.as_tensor(value, device=self.device).detach().float())
         self.count += 1
 
     def means(self) -> dict[str, float]:
         """Means over the window and all ranks."""
-        if not self.sums:
+        if not self.values:
             return {}
-        totals = mean_over_ranks(torch.stack(list(self.sums.values()))) / self.count
-        return dict(zip(self.sums, totals.tolist()))
+        means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
+        return dict(zip(self.values, mean_over_ranks(means).tolist()))
 
     def steps_per_second(self) -> float:
         """Speed since the window was opened."""

@@ -29,6 +29,7 @@ from utils.errors import run
 from utils.files import read_json
 from utils.image import make_grid_image, save_png
 from utils.precision import DTYPES, allow_tf32
+from utils.progress import progress
 
 # golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox
 IMAGENET_LABELS = ["207", "360", "387", "974", "88", "979", "417", "279"]
@@ -104,7 +105,7 @@ def draw(gpt: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -
     """Codes of all `labels`, in batches, with a progress bar over all tokens."""
     torch.manual_seed(args.seed)
     parts = []
-    with tqdm(total=len(labels) * gpt.block_size, unit="token", disable=None) as bar:
+    with progress(len(labels) * gpt.block_size, "token") as bar:
         for first in range(0, len(labels), args.batch_size):
             part = labels[first : first + args.batch_size]
             seeds = None if args.legacy_rng else [args.seed + first + i for i in range(len(part))]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from dataset.augmentation import extraction_transform
 from dataset.build import build_dataset
@@ -22,6 +21,7 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads, num_workers
 from utils.distributed import barrier, get_rank, get_world_size, is_main, process_group, read_launch
 from utils.files import read_json, write_json
+from utils.progress import progress
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def _extract_missing(
         collate_fn=collate_numbered,
         num_workers=num_workers(args, read_launch().local_size),
     )
-    with tqdm(total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not is_main()) as bar:
+    with progress(len(mine), "image", done=len(mine) - len(missing)) as bar:
         for batch in filter(None, loader):
             indices, crops, labels = batch
             for index, rows, label in zip(indices.tolist(), encode_crops(tokenizer, crops.to(device)), labels.tolist()):

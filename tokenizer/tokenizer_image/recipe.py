@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from tokenizer.tokenizer_image.evaluation import evaluate_reconstruction
 from tokenizer.tokenizer_image.vq_loss import VQLoss
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads
-from utils.distributed import average_gradients, broadcast, data_parallel, process_group
+from utils.distributed import average_gradients, broadcast, data_parallel, is_main, process_group
 from utils.ema import requires_grad, update_ema
 from utils.logger import create_logger
 from utils.optim import Muon, Optimizers, adamw, decay_groups
@@ -54,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
         sampler, loader = training_loader(images, args, device)
         logger.info(f"Dataset contains {len(images):,} images ({args.data_path})")
         settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
-        step = TrainStep(args, model, images, device, settings.total_steps)
+        step = TrainStep(args, model, images, device, settings.total_steps, logger)
         trainer = Trainer(
             run,
             logger,
@@ -101,11 +103,16 @@ def new_loss(args: argparse.Namespace) -> VQLoss:
     )
 
 
+def one_group(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters in one group, as in the established trainer, whose optimizer states thus load here."""
+    return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+
+
 def make_optimizers(model: VQModel, args: argparse.Namespace, device: torch.device) -> Optimizers:
     """Adam over all weights, or Muon over the convolutions between the outermost ones and Adam over the rest."""
     betas, named = (args.beta1, args.beta2), list(model.named_parameters())
     if args.optimizer == "adamw":
-        return Optimizers(adamw(decay_groups(named, args.weight_decay), args.lr, betas, device))
+        return Optimizers(adamw(one_group(model, args.weight_decay), args.lr, betas, device))
     outermost = ("conv_in.", "conv_out.", "quant_conv.", "quantize.")
     hidden = {name: p for name, p in named if p.dim() == 4 and not any(part in name for part in outermost)}
     rest = [(name, p) for name, p in named if name not in hidden]
@@ -119,17 +126,24 @@ class TrainStep:
     """One step of the tokenizer, then one of the discriminator on the same reconstructions."""
 
     def __init__(
-        self, args: argparse.Namespace, model: VQModel, images: Dataset, device: torch.device, total_steps: int
+        self,
+        args: argparse.Namespace,
+        model: VQModel,
+        images: Dataset,
+        device: torch.device,
+        total_steps: int,
+        logger: logging.Logger | None = None,
     ) -> None:
         self.args, self.model, self.images, self.device, self.total_steps = args, model, images, device, total_steps
         self.loss = new_loss(args).to(device)
+        self.log = {"logger": logger if is_main() else None, "log_every": args.log_every}
         self.ema = copy.deepcopy(model).eval() if args.ema else None
         if self.ema is not None:
             requires_grad(self.ema, False)
         self.optimizers, self.scaler = make_optimizers(model, args, device), grad_scaler(device, args.mixed_precision)
         self.discriminator = self.loss.discriminator
         if self.discriminator is not None:
-            groups = decay_groups(self.discriminator.named_parameters(), args.weight_decay)
+            groups = one_group(self.discriminator, args.weight_decay)
             self.disc_optimizers = Optimizers(adamw(groups, args.lr, (args.beta1, args.beta2), device))
             self.disc_scaler = grad_scaler(device, args.mixed_precision)
         self.wrapped: nn.Module = data_parallel(torch.compile(model) if args.compile else model, device)
@@ -167,14 +181,14 @@ class TrainStep:
         with contextlib.nullcontext() if last or alone else self.wrapped.no_sync():
             with autocast(self.device, self.args.mixed_precision):
                 fakes, codebook_loss = self.wrapped(images)
-                loss = self.loss(codebook_loss, images, fakes, 0, number, last_layer=self.model.decoder.last_layer)
+                loss = self.loss(codebook_loss, images, fakes, 0, number, self.model.decoder.last_layer, **self.log)
             self.scaler.scale(loss / parts).backward()
         return loss.detach(), fakes.detach()
 
     def _discriminator_step(self, images: list[Tensor], fakes: list[Tensor], number: int) -> dict[str, Tensor]:
         for real, fake in zip(images, fakes):
             with autocast(self.device, self.args.mixed_precision):
-                loss = self.loss(None, real, fake, 1, number)
+                loss = self.loss(None, real, fake, 1, number, **self.log)
             self.disc_scaler.scale(loss / len(images)).backward()
         average_gradients(self.disc_optimizers.parameters)
         self.disc_optimizers.update(self.disc_scaler, self.args.max_grad_norm)

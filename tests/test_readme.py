@@ -1,0 +1,105 @@
+"""Every command and every piece of code in the README runs, on tiny data and with tiny models."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands.shell import (
+    EXTRACT,
+    GPT_FLAGS,
+    ROOT,
+    TRAIN,
+    VQ_FLAGS,
+    VQ_SIZE,
+    VQ_TRAIN,
+    environment,
+    make_images,
+    run,
+)
+from utils import checkpoint
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+STAGES = [text.strip() for kind, text in BLOCKS if kind == "bash" and "--" in text]
+# What these do is tested by tests/commands/test_quickstart.py and by this very run.
+SETUP = {"bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -r requirements.txt"}
+SMALLER = {  # flags that come last win: the same command on tiny data
+    "train_vq": [*VQ_FLAGS, "--max-steps", "2"],
+    "extract_codes": [*VQ_SIZE, "--num-workers", "0"],
+    "train_c2i": [*GPT_FLAGS, "--max-steps", "2"],
+    "sample_c2i": [*VQ_SIZE, *GPT_FLAGS[:8], "--class-labels", "0", "2", "--precision", "none"],
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What the README's paths stand for."""
+    work = tmp_path_factory.mktemp("readme")
+    for split in ("train", "val"):
+        make_images(work / "data/imagenet" / split)
+    images, codes = work / "data/imagenet/train", work / "data/codes"
+    run(VQ_TRAIN, *VQ_FLAGS, "--data-path", images, "--max-steps", 1, "--run-dir", work / "vq")
+    vq_ckpt = checkpoint.latest(work / "vq/checkpoints")
+    run(EXTRACT, *VQ_SIZE, "--vq-ckpt", vq_ckpt, "--data-path", images, "--code-path", codes, "--num-workers", 0)
+    run(TRAIN, *GPT_FLAGS, "--code-path", codes, "--max-steps", 1, "--run-dir", work / "gpt")
+    (work / "pretrained_models").mkdir()
+    vq_ckpt.rename(work / "pretrained_models/vq_ds16_c2i.pt")
+    checkpoint.latest(work / "gpt/checkpoints").rename(work / "pretrained_models/c2i_L_384.pt")
+    codes.rename(work / "data/codes_flip_ten_crop")
+    return work
+
+
+def test_readme_has_the_commands_that_this_test_knows():
+    assert len(STAGES) == 4
+    assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(STAGES)
+
+
+@pytest.mark.parametrize("command", STAGES, ids=lambda text: re.search(r"(\w+)\.(sh|py)", text)[1])
+def test_stage(command, data, tmp_path):
+    smaller = next(flags for name, flags in SMALLER.items() if name in command)
+    words = [word if "/" not in word else _placed(word, data, tmp_path) for word in shlex.split(command)]
+    line = (
+        shlex.join([*words, *smaller])
+        .replace("'nproc_per_node=8'", "nproc_per_node=2")
+        .replace("nproc_per_node=8", "nproc_per_node=2")
+    )
+    if "extract" in command:
+        line = line.replace("codes_flip_ten_crop", "new_codes")
+    env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}", "master_port": "29617"}
+    done = subprocess.run(line, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def _placed(word, data, tmp_path):
+    if word.startswith(("data/", "pretrained_models/")):
+        return str(data / word)
+    return str(tmp_path / word) if word.startswith("results/") else word
+
+
+def test_python_examples():
+    examples = [text for kind, text in BLOCKS if kind == "python"]
+    assert examples
+    for text in examples:
+        subprocess.run(
+            [sys.executable, "-c", text + "\nassert images.shape == (2, 3, 32, 32)"],
+            cwd=ROOT,
+            env=environment(),
+            check=True,
+        )
+
+
+def test_every_path_in_the_layout_exists():
+    layout = README.split("## How the repository is laid out")[1].split("```")[1]
+    folder = ROOT
+    for line in filter(None, layout.splitlines()):
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            folder = ROOT / names[0]
+        for name in names:
+            place = folder if not line.startswith(" ") else folder / name
+            assert place.exists(), place
