@@ -35,14 +35,14 @@ stage() {
 }
 
 # The settings of the two small models. docs/quickstart.md says why they are what they are.
-tokenizer=(--vq-model VQ-4-S --image-size 32)
+tokenizer=(--vq-model VQ-4-S --codebook-size 256 --image-size 32)
 vq_flags=("${tokenizer[@]}" --data-path "$out/data/train" --val-data-path "$out/data/val"
   --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1+l2 --gradient-weight 0.5
   --codebook-init kmeans --revive-every 50 --global-batch-size 16
   --optimizer muon --lr 2e-3 --beta2 0.99 --lr-schedule wsd --lr-floor 0.02 --warmup-steps 50
   --mixed-precision none --num-workers 0)
-gpt=(--gpt-model GPT-S --num-classes 99 --image-size 32 --downsample-size 4)
-gpt_flags=("${gpt[@]}" --vocab-size 512 --code-path "$out/codes/train" --val-code-path "$out/codes/val"
+gpt=(--num-classes 99 --image-size 32 --downsample-size 4)
+gpt_flags=("${gpt[@]}" --vocab-size 256 --code-path "$out/codes/train" --val-code-path "$out/codes/val"
   --global-batch-size 32 --optimizer muon --lr 2e-3 --lr-schedule cosine --lr-floor 0.05 --warmup-steps 50
   --mixed-precision none --num-workers 0)
 shown=(face-smiling face-concerned cat-face heart country-flag animal-mammal food-fruit plant-flower
@@ -50,10 +50,11 @@ shown=(face-smiling face-concerned cat-face heart country-flag animal-mammal foo
 
 stage "render the data" python3 dataset/openmoji.py --data-path "$out/data" --size 64
 stage "plan" python3 tools/quickstart_plan.py --minutes "$minutes" --plan "$out/plan.json" \
-  --vq-flags "${vq_flags[*]}" --gpt-flags "${gpt_flags[*]}"
-steps() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$out/plan.json" "$1"; }
-vq_steps="$(steps vq_steps)"
-gpt_steps="$(steps gpt_steps)"
+  --vq-flags "${vq_flags[*]}" --gpt-flags "${gpt_flags[*]}" --gpt-models GPT-XS GPT-S
+planned() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$out/plan.json" "$1"; }
+vq_steps="$(planned vq_steps)"
+gpt_steps="$(planned gpt_steps)"
+gpt_model=(--gpt-model "$(planned gpt_model)")
 
 stage "train the tokenizer" python3 tokenizer/tokenizer_image/vq_train.py "${vq_flags[@]}" --run-dir "$out/tokenizer" \
   --max-steps "$vq_steps" --log-every 50 --val-every 250 --ckpt-every 250 --keep-last 1
@@ -61,16 +62,17 @@ vq_ckpt="$out/tokenizer/checkpoints/$(printf %07d "$vq_steps").pt"
 
 for split in train val; do
   stage "extract the codes ($split)" python3 autoregressive/train/extract_codes_c2i.py "${tokenizer[@]}" \
-    --vq-ckpt "$vq_ckpt" --data-path "$out/data/$split" --code-path "$out/codes/$split" --num-workers 0
+    --vq-ckpt "$vq_ckpt" --data-path "$out/data/$split" --code-path "$out/codes/$split" --num-workers 0 \
+    $([ "$split" = val ] || echo --ten-crop)
 done
 
-stage "train the GPT" python3 autoregressive/train/train_c2i.py "${gpt_flags[@]}" --run-dir "$out/gpt" \
+stage "train the GPT" python3 autoregressive/train/train_c2i.py "${gpt_flags[@]}" "${gpt_model[@]}" --run-dir "$out/gpt" \
   --max-steps "$gpt_steps" --log-every 50 --val-every 100 --ckpt-every 100 --keep-last 1
 gpt_ckpt="$out/gpt/checkpoints/$(printf %07d "$gpt_steps").pt"
 
-stage "draw pictures" python3 autoregressive/sample/sample_c2i.py "${tokenizer[@]}" "${gpt[@]}" \
+stage "draw pictures" python3 autoregressive/sample/sample_c2i.py "${tokenizer[@]}" "${gpt[@]}" "${gpt_model[@]}" \
   --gpt-ckpt "$gpt_ckpt" --vq-ckpt "$vq_ckpt" --class-names "$out/data/classes.json" --class-labels "${shown[@]}" \
-  --images-per-class 8 --columns 8 --batch-size 128 --cfg-scale 3 --temperature 0.9 --top-k 50 --precision none \
+  --images-per-class 8 --columns 8 --batch-size 128 --cfg-scale 2 --temperature 0.9 --top-k 100 --precision none \
   --output "$out/samples.png"
 
 stage "write the report" python3 tools/quickstart_report.py --folder "$out" --vq-ckpt "$vq_ckpt" \

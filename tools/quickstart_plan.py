@@ -34,23 +34,29 @@ from utils.precision import grad_scaler
 
 _OVERHEAD = 0.15  # share of the time for everything that is not training
 _VQ_SHARE = 0.45  # of the training time
-_LEAST = {"vq_steps": 20, "gpt_steps": 20}
-# Steps after which more training did not help in our trials (docs/quickstart.md): both models then overfit.
-_MOST = {"vq_steps": 30_000, "gpt_steps": 3_000}
+_FEWEST_STEPS = 20
+_MOST_STEPS = 20_000
+_STEPS_OF_A_LARGER_GPT = 2_000  # below that a smaller one learns more in the same time (docs/quickstart.md)
 
 
-def plan(minutes: float, vq_flags: list[str], gpt_flags: list[str]) -> dict[str, float]:
-    """Steps of both trainings that together take about `minutes` on this machine, and the speeds they rest on."""
+def plan(minutes: float, vq_flags: list[str], gpt_flags: list[str], gpt_models: list[str]) -> dict[str, object]:
+    """Steps of both trainings that together take about `minutes` on this machine, and the speeds they rest on.
+
+    Of `gpt_models`, from small to large, the largest that gets enough steps is chosen.
+    """
+    seconds = 60 * minutes * (1 - _OVERHEAD)
     with process_group() as device:
         vq_seconds = seconds_per_step(_vq_step(vq_train.parser().parse_args(vq_flags), device), device)
-        gpt_seconds = seconds_per_step(_gpt_step(train_c2i.parser().parse_args(gpt_flags), device), device)
-    seconds = 60 * minutes * (1 - _OVERHEAD)
-    wanted = {
-        "vq_steps": int(seconds * _VQ_SHARE / vq_seconds),
-        "gpt_steps": int(seconds * (1 - _VQ_SHARE) / gpt_seconds),
-    }
-    steps = {name: min(max(value, _LEAST[name]), _MOST[name]) for name, value in wanted.items()}
+        for name in reversed(gpt_models):
+            args = train_c2i.parser().parse_args([*gpt_flags, "--gpt-model", name])
+            gpt_seconds = seconds_per_step(_gpt_step(args, device), device)
+            gpt_steps = int(seconds * (1 - _VQ_SHARE) / gpt_seconds)
+            if gpt_steps >= _STEPS_OF_A_LARGER_GPT:
+                break
+    wanted = {"vq_steps": int(seconds * _VQ_SHARE / vq_seconds), "gpt_steps": gpt_steps}
+    steps = {key: min(max(value, _FEWEST_STEPS), _MOST_STEPS) for key, value in wanted.items()}
     return {
+        "gpt_model": name,
         "minutes": minutes, "device": device.type, "cores": os.cpu_count(), "torch": torch.__version__,
         "vq_seconds_per_step": vq_seconds, "gpt_seconds_per_step": gpt_seconds, **steps,
     }  # fmt: skip
@@ -91,6 +97,7 @@ def main() -> None:
     flags.add_argument("--plan", required=True, help="JSON file to write")
     flags.add_argument("--vq-flags", type=shlex.split, required=True, help="flags of vq_train.py")
     flags.add_argument("--gpt-flags", type=shlex.split, required=True, help="flags of train_c2i.py")
+    flags.add_argument("--gpt-models", nargs="+", required=True, help="sizes to choose from, from small to large")
     args = flags.parse_args()
     if args.minutes <= 0:
         raise ValueError(f"--minutes must be above 0, found {args.minutes}")
@@ -102,9 +109,11 @@ def main() -> None:
                 f"another --out folder"
             )
     else:
-        write_json(args.plan, plan(args.minutes, args.vq_flags, args.gpt_flags))
+        write_json(args.plan, plan(args.minutes, args.vq_flags, args.gpt_flags, args.gpt_models))
     kept = read_json(args.plan)
-    print(f"{kept['vq_steps']} steps for the tokenizer, {kept['gpt_steps']} for the GPT, on {kept['device']}")
+    print(
+        f"{kept['vq_steps']} steps for the tokenizer, {kept['gpt_steps']} for a {kept['gpt_model']} on {kept['device']}"
+    )
 
 
 if __name__ == "__main__":

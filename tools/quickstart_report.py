@@ -142,7 +142,7 @@ def reconstruction_pairs(folder: Path, vq_ckpt: str, count: int = 48, columns: i
     images = ClassFolders(folder / "data" / "val", eval_transform(32))
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     originals = torch.stack([images[i][0] for i in chosen])
-    args = argparse.Namespace(vq_model="VQ-4-S", vq_ckpt=vq_ckpt, codebook_size=None, codebook_embed_dim=8)
+    args = argparse.Namespace(**{**read_json(folder / "tokenizer" / "args.json")["args"], "vq_ckpt": vq_ckpt})
     outputs, _ = reconstruct(load_tokenizer(args, torch.device("cpu")), originals)
     rows = [part for pair in zip(originals.split(columns), outputs.split(columns)) for part in pair]
     return picture(make_grid_image(torch.cat([row for row in rows if len(row) == columns]), columns), 2)
@@ -170,11 +170,11 @@ def write_report(folder: Path, vq_ckpt: str, rows: list[str]) -> Path:
     total = sum(seconds for _, seconds in times)
     page = _PAGE.format(
         summary=(
-            f"A VQ tokenizer ({plan['vq_steps']:,} steps) turned 32-pixel drawings into 8 x 8 codes; a GPT "
-            f"({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer drew them. "
+            f"A VQ tokenizer ({plan['vq_steps']:,} steps) turned 32-pixel drawings into 8 x 8 codes; a "
+            f"{plan['gpt_model']} ({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer drew them. "
             f"All of it took {total / 60:.1f} minutes on this machine."
         ),
-        figures=figures(folder, vq, gpt, 512),
+        figures=figures(folder, vq, gpt, read_json(folder / "tokenizer" / "args.json")["args"]["codebook_size"]),
         samples=sample_rows(folder, rows),
         reconstructions=reconstruction_pairs(folder, vq_ckpt),
         curves=curves(folder),

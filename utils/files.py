@@ -6,10 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_NO_SPACE = 2**16  # bytes
 
 
 @contextlib.contextmanager
@@ -28,16 +31,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException as error:
+        full = _is_full_disk(error, path.parent)
         temporary.unlink(missing_ok=True)
-        if _is_full_disk(error):
+        if full:
             raise ValueError(f"no space left on the disk while writing {path}; nothing there was changed") from error
         raise
 
 
-def _is_full_disk(error: BaseException) -> bool:
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer reports a full disk as a RuntimeError without an errno
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error))
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _NO_SPACE
 
 
 def write_atomic(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
