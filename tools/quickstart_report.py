@@ -13,6 +13,7 @@ import math
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dataset.augmentation import eval_transform
 from dataset.codes import CodeFolder
@@ -33,7 +34,7 @@ from tokenizer.tokenizer_image.evaluation import reconstruct
 from utils.args import make_parser
 from utils.errors import run
 from utils.files import read_json, write_atomic
-from utils.image import make_grid_image
+from utils.image import make_grid_image, save_png
 from utils.logger import read_metrics
 
 _PAGE = """<!doctype html>
@@ -129,20 +130,35 @@ def curves(folder: Path) -> str:
     return picture(Image.open(canvas), kind="plot")
 
 
-def sample_rows(folder: Path, names: list[str]) -> str:
-    """The sample grid cut into one strip per class, the class's name beside it."""
+def sample_strips(folder: Path, names: list[str]) -> list[Image.Image]:
+    """The sample grid cut into one strip for each of its rows, enlarged twice."""
     grid = Image.open(folder / "samples.png").convert("RGB")
     height = (grid.height - 2) // len(names)
     strips = [grid.crop((0, 2 + i * height, grid.width, 2 + (i + 1) * height)) for i in range(len(names))]
-    return "".join(f"<div>{html.escape(name)}</div><div>{picture(s, 2)}</div>" for name, s in zip(names, strips))
+    return [strip.resize((2 * strip.width, 2 * strip.height), Image.Resampling.NEAREST) for strip in strips]
 
 
-def reconstruction_pairs(folder: Path, vq_ckpt: str, count: int = 48, columns: int = 16) -> str:
+def overview(names: list[str], strips: list[Image.Image], columns: int = 2) -> Image.Image:
+    """All strips with their names on one picture, in `columns`."""
+    width, height, label = strips[0].width, strips[0].height, 130
+    rows = -(-len(strips) // columns)
+    page = Image.new("RGB", (columns * (label + width), rows * height), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (name, strip) in enumerate(zip(names, strips)):
+        left, top = (i // rows) * (label + width), (i % rows) * height
+        draw.text((left + label - 8, top + height // 2), name, "#333", anchor="rm", font_size=14)
+        page.paste(strip, (left + label, top))
+    return page
+
+
+def reconstruction_pairs(
+    folder: Path, settings: dict[str, Any], vq_ckpt: str, count: int = 48, columns: int = 16
+) -> str:
     """Held-out originals in one row, their reconstructions in the next."""
     images = ClassFolders(folder / "data" / "val", eval_transform(32))
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     originals = torch.stack([images[i][0] for i in chosen])
-    args = argparse.Namespace(**{**read_json(folder / "tokenizer" / "args.json")["args"], "vq_ckpt": vq_ckpt})
+    args = argparse.Namespace(**{**settings, "vq_ckpt": vq_ckpt})
     outputs, _ = reconstruct(load_tokenizer(args, torch.device("cpu")), originals)
     rows = [part for pair in zip(originals.split(columns), outputs.split(columns)) for part in pair]
     return picture(make_grid_image(torch.cat([row for row in rows if len(row) == columns]), columns), 2)
@@ -163,20 +179,23 @@ def last_values(path: Path) -> dict[str, float]:
 
 
 def write_report(folder: Path, vq_ckpt: str, rows: list[str]) -> Path:
-    """Write `folder`/report.html; returns its path."""
+    """Write `folder`/report.html and overview.png; returns the page's path."""
     plan, times = read_json(folder / "plan.json"), stage_times(folder)
+    settings = read_json(folder / "tokenizer" / "args.json")["args"]
     vq, gpt = last_values(folder / "tokenizer" / "metrics.jsonl"), last_values(folder / "gpt" / "metrics.jsonl")
     shown = [(name, f"{seconds // 60}:{seconds % 60:02d}") for name, seconds in times]
     total = sum(seconds for _, seconds in times)
+    strips = sample_strips(folder, rows)
+    save_png(overview(rows, strips), folder / "overview.png")
     page = _PAGE.format(
         summary=(
             f"A VQ tokenizer ({plan['vq_steps']:,} steps) turned 32-pixel drawings into 8 x 8 codes; a "
-            f"{plan['gpt_model']} ({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer drew them. "
-            f"All of it took {total / 60:.1f} minutes on this machine."
+            f"{plan['gpt_model']} ({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer "
+            f"drew them. All of it took {total / 60:.1f} minutes on this machine."
         ),
-        figures=figures(folder, vq, gpt, read_json(folder / "tokenizer" / "args.json")["args"]["codebook_size"]),
-        samples=sample_rows(folder, rows),
-        reconstructions=reconstruction_pairs(folder, vq_ckpt),
+        figures=figures(folder, vq, gpt, settings["codebook_size"]),
+        samples="".join(f"<div>{html.escape(n)}</div><div>{picture(s)}</div>" for n, s in zip(rows, strips)),
+        reconstructions=reconstruction_pairs(folder, settings, vq_ckpt),
         curves=curves(folder),
         times=table([*shown, ("together", f"{total // 60}:{total % 60:02d}")]),
         machine=html.escape(

@@ -40,7 +40,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, of an unknown format, or holding objects other than plain data.
     """
-    path = _file_of(Path(path))
+    path = file_of(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -57,7 +57,13 @@ def read(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _file_of(path: Path) -> Path:
+def file_of(path: str | Path) -> Path:
+    """The file that holds the weights: `path` itself, or the known one in a folder.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    path = Path(path)
     if path.is_dir():
         for name in _FOLDER_FILES:
             if (path / name).is_file():

@@ -139,7 +139,7 @@ class Trainer:
             f"ETA: {tqdm.format_interval(remaining)}"
         )
         metrics.write(self.steps_done, {**means, "steps_per_second": speed})
-        bar.set_postfix(loss=f"{loss:.4f}")
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def _finite_means(self, window: _Window) -> dict[str, float]:
         means = window.means()

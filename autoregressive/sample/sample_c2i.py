@@ -81,6 +81,8 @@ def class_ids(args: argparse.Namespace) -> list[int]:
 
 def main(args: argparse.Namespace) -> None:
     """Load both models, draw, decode, and write the grid."""
+    if args.gpt_type != "c2i":
+        raise ValueError("this command draws classes; --gpt-type t2i is not for it")
     apply_threads(args)
     allow_tf32()
     ids = class_ids(args)

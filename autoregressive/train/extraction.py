@@ -18,6 +18,7 @@ from dataset.codes import CodeFolder, write_codes
 from dataset.images import NumberedImages, collate_numbered
 from tokenizer.build import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils import checkpoint
 from utils.args import apply_threads, num_workers
 from utils.distributed import barrier, get_rank, get_world_size, is_main, process_group, read_launch
 from utils.files import read_json, write_json
@@ -78,7 +79,7 @@ def _claim_folder(folder: Path, args: argparse.Namespace, images: Any) -> None:
         "image_size": args.image_size,
         "crops": f"ten-crop {args.crop_range}" if args.ten_crop else "centre and mirror",
         "tokenizer": args.vq_model,
-        "tokenizer_sha256": hashlib.sha256(Path(args.vq_ckpt).read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(checkpoint.file_of(args.vq_ckpt).read_bytes()).hexdigest(),
     }
     record = folder / "extraction.json"
     if record.is_file():

@@ -156,7 +156,7 @@ def test_two_processes_and_other_batches_extract_the_same_codes(chain, tmp_path)
     assert all(np.array_equal(load(chain / "codes", i), load(tmp_path / "codes", i)) for i in range(12))
 
 
-def test_extraction_goes_on_where_it_stopped_and_skips_broken_images(chain, tmp_path):
+def test_extraction_goes_on_where_it_stopped(chain, tmp_path):
     shutil.copytree(chain / "codes", tmp_path / "codes")
     before = {i: (tmp_path / f"codes/imagenet16_codes/{i}.npy").stat().st_mtime_ns for i in range(12)}
     (tmp_path / "codes/imagenet16_codes/4.npy").unlink()
@@ -164,6 +164,33 @@ def test_extraction_goes_on_where_it_stopped_and_skips_broken_images(chain, tmp_
     after = {i: (tmp_path / f"codes/imagenet16_codes/{i}.npy").stat().st_mtime_ns for i in range(12)}
     assert [i for i in range(12) if before[i] != after[i]] == [4]
     assert np.array_equal(load(chain / "codes", 4), load(tmp_path / "codes", 4))
+
+
+def test_broken_images_are_left_out_and_listed_up_to_a_share(chain, tmp_path):
+    images = shutil.copytree(chain / "images", tmp_path / "images")
+    (images / "green" / "1.png").write_bytes(b"no picture")
+    (images / "green" / "notes.txt").write_text("not an image file either")
+    printed = extract(chain, tmp_path, images=images, code=2)
+    assert "1 of 12 items cannot be read" in printed and "Traceback" not in printed
+    printed = extract(chain, tmp_path, "--max-bad-share", 0.1, images=images)
+    assert "1 images could not be read and have no codes: [5]" in printed
+    assert not (tmp_path / "codes/imagenet16_codes/5.npy").exists()
+    assert np.array_equal(load(chain / "codes", 6), load(tmp_path / "codes", 6))  # the others keep their numbers
+    flags = [*GPT_FLAGS, "--code-path", tmp_path / "codes", "--max-steps", 1, "--run-dir", tmp_path / "gpt"]
+    assert "contains 11 images" in run(TRAIN, *flags)
+    flags = [*VQ_FLAGS, "--data-path", images, "--max-steps", 3, "--run-dir", tmp_path / "vq"]
+    run(VQ_TRAIN, *flags, "--max-bad-share", 0.1)
+
+
+def test_codes_that_do_not_fit_the_flags_are_found_before_training(chain, tmp_path):
+    for flags, message in [
+        (["--vocab-size", 20], "must hold values of 0 to 19"),
+        (["--num-classes", 2], "must hold values of 0 to 1"),
+        (["--image-size", 16, "--downsample-size", 8], "16 codes an image"),
+    ]:
+        line = [*GPT_FLAGS, "--code-path", chain / "codes", *flags, "--run-dir", tmp_path / "gpt"]
+        assert message in run(TRAIN, *line, code=2)
+    assert not (tmp_path / "gpt").exists()
 
 
 def test_codes_of_two_tokenizers_are_never_mixed(chain, tmp_path):
