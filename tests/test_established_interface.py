@@ -59,12 +59,12 @@ LINES = [
         vq_train,
         "--data-path d --data-face-path f --cloud-save-path c --no-local-save --vq-model VQ-16 --vq-ckpt x "
         "--finetune --ema "
-        "--codebook-size 16384 --codebook-embed-dim 8 --codebook-l2-norm --codebook-weight 1.0 --entropy- "
-        "loss-ratio 0.0 "
+        "--codebook-size 16384 --codebook-embed-dim 8 --codebook-l2-norm --codebook-weight 1.0 "
+        "--entropy-loss-ratio 0.0 "
         "--commit-loss-beta 0.25 --reconstruction-weight 1.0 --reconstruction-loss l2 --perceptual-weight 1.0 "
         "--disc-weight 0.5 --disc-start 20000 --disc-type patchgan --disc-loss hinge --gen-loss hinge --compile "
-        "--dropout-p 0.0 --results-dir r --dataset t2i_image --image-size 256 --epochs 40 --lr 1e-4 --weight- "
-        "decay 0.05 "
+        "--dropout-p 0.0 --results-dir r --dataset t2i_image --image-size 256 --epochs 40 --lr 1e-4 "
+        "--weight-decay 0.05 "
         "--beta1 0.9 --beta2 0.95 --max-grad-norm 1.0 --global-batch-size 128 --global-seed 0 --num-workers 16 "
         "--log-every 100 --ckpt-every 5000 --gradient-accumulation-steps 1 --mixed-precision bf16",
     ),
@@ -77,10 +77,10 @@ LINES = [
         train_c2i,
         "--code-path c --cloud-save-path s --no-local-save --gpt-model GPT-XXXL --gpt-ckpt x --gpt-type c2i "
         "--vocab-size 16384 --ema --cls-token-num 1 --dropout-p 0.1 --token-dropout-p 0.1 --drop-path-rate 0.1 "
-        "--no-compile --results-dir r --dataset imagenet_code --image-size 384 --downsample-size 16 --num- "
-        "classes 1000 "
-        "--epochs 300 --lr 1e-4 --weight-decay 0.05 --beta1 0.9 --beta2 0.95 --max-grad-norm 1.0 --global- "
-        "batch-size 256 "
+        "--no-compile --results-dir r --dataset imagenet_code --image-size 384 --downsample-size 16 "
+        "--num-classes 1000 "
+        "--epochs 300 --lr 1e-4 --weight-decay 0.05 --beta1 0.9 --beta2 0.95 --max-grad-norm 1.0 "
+        "--global-batch-size 256 "
         "--global-seed 0 --num-workers 24 --log-every 100 --ckpt-every 5000 --gradient-accumulation-steps 1 "
         "--mixed-precision fp16",
     ),

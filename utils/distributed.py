@@ -95,6 +95,7 @@ def _start_group(launch: Launch, device: torch.device) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=30),
+        device_id=device if device.type == "cuda" else None,
     )
 
 

@@ -8,7 +8,7 @@ tokenizer's weights are convolutions, hence this one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -139,3 +139,18 @@ class Optimizers:
             member.load_state_dict(saved)
             for group, own in zip(member.param_groups, settings):
                 group.update(own)
+
+
+def muon_and_adamw(
+    named: Iterable[tuple[str, nn.Parameter]],
+    is_hidden: Callable[[str, nn.Parameter], bool],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    device: torch.device,
+) -> Optimizers:
+    """Muon over the parameters that `is_hidden` picks, AdamW over the rest, one learning rate for both."""
+    named = list(named)
+    hidden = [p for name, p in named if is_hidden(name, p)]
+    rest = [(name, p) for name, p in named if not is_hidden(name, p)]
+    return Optimizers(Muon(hidden, lr, weight_decay), adamw(decay_groups(rest, weight_decay), lr, betas, device))

@@ -21,7 +21,7 @@ from utils.args import apply_threads
 from utils.distributed import data_parallel, process_group
 from utils.ema import requires_grad, update_ema
 from utils.logger import create_logger
-from utils.optim import Muon, Optimizers, adamw, decay_groups
+from utils.optim import Optimizers, adamw, decay_groups, muon_and_adamw
 from utils.precision import allow_tf32, autocast, grad_scaler
 from utils.run_folder import RunFolder, open_run
 from utils.schedule import lr_factor
@@ -110,15 +110,11 @@ def code_dataset(args: argparse.Namespace, code_path: str) -> Dataset:
 
 def make_optimizers(model: Transformer, args: argparse.Namespace, device: torch.device) -> Optimizers:
     """AdamW over all weights, or Muon over the matrices of the blocks and AdamW over the rest."""
-    betas = (args.beta1, args.beta2)
+    betas, named = (args.beta1, args.beta2), list(model.named_parameters())
     if args.optimizer == "adamw":
-        return Optimizers(adamw(decay_groups(model.named_parameters(), args.weight_decay), args.lr, betas, device))
-    hidden = {name: p for name, p in model.layers.named_parameters(prefix="layers") if p.dim() >= 2}
-    rest = [(name, p) for name, p in model.named_parameters() if name not in hidden]
-    return Optimizers(
-        Muon(hidden.values(), args.lr, args.weight_decay),
-        adamw(decay_groups(rest, args.weight_decay), args.lr, betas, device),
-    )
+        return Optimizers(adamw(decay_groups(named, args.weight_decay), args.lr, betas, device))
+    hidden = {id(p) for p in model.layers.parameters() if p.dim() >= 2}
+    return muon_and_adamw(named, lambda _, p: id(p) in hidden, args.lr, args.weight_decay, betas, device)
 
 
 class TrainStep:

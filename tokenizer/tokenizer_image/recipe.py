@@ -26,7 +26,7 @@ from utils.args import apply_threads
 from utils.distributed import average_gradients, broadcast, data_parallel, is_main, process_group
 from utils.ema import requires_grad, update_ema
 from utils.logger import create_logger
-from utils.optim import Muon, Optimizers, adamw, decay_groups
+from utils.optim import Optimizers, adamw, muon_and_adamw
 from utils.precision import allow_tf32, autocast, grad_scaler
 from utils.run_folder import open_run
 from utils.schedule import lr_factor
@@ -113,13 +113,12 @@ def make_optimizers(model: VQModel, args: argparse.Namespace, device: torch.devi
     betas, named = (args.beta1, args.beta2), list(model.named_parameters())
     if args.optimizer == "adamw":
         return Optimizers(adamw(one_group(model, args.weight_decay), args.lr, betas, device))
-    outermost = ("conv_in.", "conv_out.", "quant_conv.", "quantize.")
-    hidden = {name: p for name, p in named if p.dim() == 4 and not any(part in name for part in outermost)}
-    rest = [(name, p) for name, p in named if name not in hidden]
-    return Optimizers(
-        Muon(hidden.values(), args.lr, args.weight_decay),
-        adamw(decay_groups(rest, args.weight_decay), args.lr, betas, device),
-    )
+    outermost = ("conv_in.", "conv_out.", "quant_conv.")
+
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return p.dim() == 4 and not any(part in name for part in outermost)
+
+    return muon_and_adamw(named, is_hidden, args.lr, args.weight_decay, betas, device)
 
 
 class TrainStep:
