@@ -7,6 +7,7 @@ fields.
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 
 from autoregressive.models.gpt import ModelArgs, Transformer, size_factories
 
@@ -23,6 +24,12 @@ class TransformerHF(Transformer, PyTorchModelHubMixin, tags=["image-generation",
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "TransformerHF":
         """Weights must fit the model, where the mixin by itself would let missing ones pass."""
         return super()._from_pretrained(strict=strict, **kwargs)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        # the mixin's own loader compares keys before the model has dropped those that it tolerates
+        model.load_state_dict(load_file(model_file, device=map_location), strict=strict)
+        return model
 
 
 GPT_models_HF = size_factories(TransformerHF)
