@@ -29,7 +29,7 @@ class TransformerHF(Transformer, PyTorchModelHubMixin, tags=["image-generation",
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         # the mixin's own loader compares keys before the model has dropped those that it tolerates
         model.load_state_dict(load_file(model_file, device=map_location), strict=strict)
-        return model
+        return model.eval()
 
 
 GPT_models_HF = size_factories(TransformerHF)

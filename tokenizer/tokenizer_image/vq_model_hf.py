@@ -39,7 +39,7 @@ class VQModelHF(
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         # the mixin's own loader compares keys before the model has dropped those that it tolerates
         model.load_state_dict(load_file(model_file, device=map_location), strict=strict)
-        return model
+        return model.eval()
 
 
 def VQ_8(**kwargs: Any) -> VQModelHF:
