@@ -1,4 +1,6 @@
-"""Code files: the one home for reading and writing extracted codes.
+"""Code files: the one home for reading and writing codes in the established layout, one file per image.
+
+Large sets are better packed (dataset/packed.py); tools/convert_codes.py turns either into the other.
 
 Class-conditional, one pair of files per image, i being the number of the image in its sorted folder:
 

@@ -3,18 +3,24 @@
 Each object has at least `image_path`; captions sit in the list `text` (blip, llava, llava_first). A record is
 known by its list's stem (the file name without .jsonl) and its 0-based line number; text features and codes
 derived from it are stored as `{stem}/{line}.npy`.
+
+`read_table` reads the tables in which other people keep such things.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 CAPTION_KEYS = {"blip": 0, "llava": 1, "llava_first": 2}
 
 
@@ -130,3 +136,82 @@ def _parse(path: Path, stem: str, line: int, offset: int) -> Record:
         return Record(str(entry["image_path"]), stem, line, entry.get("text", []), path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} line {line}: expected a JSON object with 'image_path'") from error
+
+
+def read_table(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .csv, .tsv, .jsonl or .parquet file (the last needs the package pyarrow), column -> value.
+
+    Raises:
+        ValueError: when the file is of another kind or damaged, or pyarrow is missing.
+    """
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    path = Path(path)
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} is no table; expected {', '.join(TABLE_SUFFIXES)}")
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a {path.suffix[1:]} table in UTF-8: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**24)  # captions may be long
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if "," not in header and ";" in header else ","
+        for row in csv.DictReader(file, delimiter=delimiter):
+            if None in row or None in row.values():
+                raise ValueError(f"{path}: the row {list(row.values())} does not have as many fields as the header")
+            yield row
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path} line {number}: expected a JSON object")
+                yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import_parquet(path)
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as a parquet table: {error}") from error
+
+
+def import_parquet(path: Path) -> None:
+    """Raise ValueError with the pip command to run when pyarrow is missing."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs a package that is not installed: pip install pyarrow") from error
+
+
+class ParquetColumn:
+    """One column of a .parquet file by row number, for columns too large to keep; threads may share it."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self.column, self._file, self._lock = column, ParquetFile(path), threading.Lock()
+        groups = self._file.metadata
+        self._ends = np.cumsum([groups.row_group(number).num_rows for number in range(groups.num_row_groups)])
+        self._group, self._cells = -1, None
+
+    def __getitem__(self, row: int) -> Any:
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        with self._lock:  # rows are asked for in order, so one row group in memory is enough
+            if group != self._group:
+                self._group, self._cells = group, self._file.read_row_group(group, columns=[self.column])[self.column]
+            cells = self._cells
+        return cells[row - int(self._ends[group]) + len(cells)].as_py()

@@ -1,7 +1,7 @@
 """Text-to-image data: lists of images with text features stored beside them.
 
-A record's features are `{t5_feat_path}/{list stem}/{line}.npy`, floats (1, n, caption_dim) with n tokens.
-They are put at the end of `cls_token_num` rows (left padding), longer ones keep their first tokens.
+A record's features, n tokens of `caption_dim` numbers, lie in `t5_feat_path`, see `dataset.features`. They are put at
+the end of `cls_token_num` rows (left padding), longer ones keep their first tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.codes import caption_codes_path, numbered_files, read_array, read_integers
+from dataset.codes import caption_codes_path, numbered_files, read_integers
+from dataset.features import FeatureFiles, PackedFeatures, open_features
 from dataset.images import BadItems, TooSmall, read_rgb
 from dataset.lists import CaptionLists, Record, list_files
 
@@ -33,46 +33,46 @@ def prefix_mask(num_tokens: int, num_padding: int) -> Tensor:
     return mask.fill_diagonal_(True)[None]
 
 
-def left_padded(features: np.ndarray, num_rows: int) -> Tensor:
-    """Features (1, n, D) as float32 (1, num_rows, D): zeros first, then the first min(n, num_rows) rows."""
-    rows = torch.from_numpy(features[:, :num_rows].astype(np.float32))
-    return torch.nn.functional.pad(rows, (0, 0, num_rows - rows.shape[1], 0))
+def left_padded(features: Tensor, num_rows: int) -> Tensor:
+    """Features (n, D) as (1, num_rows, D): zeros first, then the first min(n, num_rows) rows."""
+    rows = features[:num_rows]
+    return torch.nn.functional.pad(rows, (0, 0, num_rows - len(rows), 0))[None]
 
 
-class FeatureStore:
+class CaptionFeatures:
     """The text features of one or two trees; with `short_path`, 30 % of reads (torch's generator) go there.
 
     Raises:
-        FileNotFoundError: when a tree has no folder for one of the lists.
+        FileNotFoundError: when a tree has nothing for one of the lists.
+        ValueError: when a packed tree is damaged or of another width than `dim`.
     """
 
-    def __init__(
-        self, path: str | Path, short_path: str | Path | None, stems: list[str], max_tokens: int, dim: int
-    ) -> None:
-        self.path, self.short_path = Path(path), Path(short_path) if short_path else None
-        self.max_tokens, self.dim = max_tokens, dim
-        for tree in filter(None, (self.path, self.short_path)):
-            missing = [stem for stem in stems if not (tree / stem).is_dir()]
-            if missing:
-                raise FileNotFoundError(
-                    f"there are no text features of the list {missing[0]!r}: no folder {tree / missing[0]}; "
-                    "extract them with language/extract_t5_feature.py or correct the feature path"
-                )
+    def __init__(self, path: str | Path, short_path: str | Path | None, stems: list[str], dim: int) -> None:
+        self.dim = dim
+        self._trees = [_open_for(tree, stems, dim) for tree in filter(None, (path, short_path))]
 
-    def read(self, stem: str, line: int) -> np.ndarray:
-        """The features of one record, floats (1, n, dim).
+    def read(self, stem: str, line: int) -> Tensor:
+        """The features of one record, float32 (n, dim).
 
         Raises:
-            ValueError: when the file is unreadable, has a wrong shape or values that are not finite.
+            ValueError: when there are none, or they are damaged, of a wrong shape or not finite.
         """
-        use_short = self.short_path is not None and bool(torch.rand(1) < SHORT_CAPTION_SHARE)
-        file = (self.short_path if use_short else self.path) / stem / f"{line}.npy"
-        features = read_array(file, kinds="f")
-        if features.ndim != 3 or features.shape[0] != 1 or features.shape[1] < 1 or features.shape[2] != self.dim:
-            raise ValueError(f"{file} must have the shape (1, tokens, {self.dim}), found {features.shape}")
-        if not np.isfinite(features).all():
-            raise ValueError(f"{file} holds values that are not finite")
-        return features
+        use_short = len(self._trees) == 2 and bool(torch.rand(1) < SHORT_CAPTION_SHARE)
+        return self._trees[use_short].read(stem, line)
+
+
+def _open_for(tree: str | Path, stems: list[str], dim: int) -> FeatureFiles | PackedFeatures:
+    cure = "extract them with language/extract_t5_feature.py or correct the feature path"
+    try:
+        features = open_features(tree, dim)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there are no text features of the list {stems[0]!r}: no folder {tree}; {cure}"
+        ) from error
+    missing = [stem for stem in stems if not features.has_list(stem)]
+    if missing:
+        raise FileNotFoundError(f"there are no text features of the list {missing[0]!r} in {tree}; {cure}")
+    return features
 
 
 class ListedImages(Dataset):
@@ -108,14 +108,14 @@ class _CaptionedItems(Dataset):
         self.text_tokens = getattr(args, "cls_token_num", 120)
         short_path = getattr(args, "short_t5_feat_path", None)
         dim = getattr(args, "caption_dim", 2048)
-        self.features = FeatureStore(args.t5_feat_path, short_path, stems, self.text_tokens, dim)
+        self.features = CaptionFeatures(args.t5_feat_path, short_path, stems, dim)
         self.bad = BadItems(count, max_bad_share)
 
     def __len__(self) -> int:
         return self.bad.count
 
-    def _item(self, content: Tensor, features: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        padding = max(0, self.text_tokens - features.shape[1])
+    def _item(self, content: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        padding = max(0, self.text_tokens - len(features))
         mask = prefix_mask(self.text_tokens + self.grid_tokens, padding)
         return content, left_padded(features, self.text_tokens), mask, torch.tensor(1)
 

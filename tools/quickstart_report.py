@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dataset.augmentation import eval_transform
-from dataset.codes import CodeFolder
+from dataset.imagenet import CodeDataset, build_imagenet_code
 from dataset.images import ClassFolders
 from tokenizer.build import load_tokenizer
 from tokenizer.tokenizer_image.evaluation import reconstruct
@@ -84,23 +84,25 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{body}</table>"
 
 
-def unigram_bits(codes: CodeFolder, held_out: CodeFolder, vocab_size: int) -> float:
+def unigram_bits(codes: CodeDataset, held_out: CodeDataset, vocab_size: int) -> float:
     """Bits per token of the best model without context: each position's code frequencies, counted on `codes`.
 
     One is added to every count, so that unseen codes stay possible.
     """
-    train = np.concatenate([codes.read(i)[0][0] for i in codes.indices()])
+    train = np.stack([codes.view(i, view)[0] for i in range(len(codes)) for view in range(codes.num_views)])
     counts = np.stack([np.bincount(column, minlength=vocab_size) for column in train.T]) + 1.0
     bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
-    tested = np.stack([held_out.read(i)[0][0, 0] for i in held_out.indices()])
+    tested = np.stack([held_out.view(i, 0)[0] for i in range(len(held_out))])
     return float(np.take_along_axis(bits, tested.T, axis=1).mean())
 
 
 def figures(folder: Path, vq: dict[str, float], gpt: dict[str, float], codebook_size: int) -> str:
     """The numbers that say how good the two models are."""
-    unigram = unigram_bits(
-        CodeFolder.find(folder / "codes" / "train", 32), CodeFolder.find(folder / "codes" / "val", 32), codebook_size
+    train, held_out = (
+        build_imagenet_code(argparse.Namespace(code_path=folder / "codes" / split, image_size=32))
+        for split in ("train", "val")
     )
+    unigram = unigram_bits(train, held_out, codebook_size)
     return table([
         ("reconstruction of held-out drawings, PSNR", f"{vq['val/psnr']:.2f} dB"),
         ("codes that occur in them", f"{vq['val/codebook_usage'] * codebook_size:.0f} of {codebook_size}"),

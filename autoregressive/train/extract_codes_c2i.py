@@ -3,8 +3,9 @@
     python3 autoregressive/train/extract_codes_c2i.py --data-path IMAGES --code-path CODES --vq-ckpt VQ.pt
     torchrun --nproc_per_node=8 autoregressive/train/extract_codes_c2i.py ... --ten-crop --crop-range 1.1
 
-Writes CODES/imagenet256_codes/{i}.npy and CODES/imagenet256_labels/{i}.npy, i counting the images in sorted order.
-Started again after an interruption, it extracts what is missing.
+Writes a packed store, CODES/imagenet256_packed; with --layout files CODES/imagenet256_codes/{i}.npy and
+CODES/imagenet256_labels/{i}.npy, i counting the images in sorted order. Started again after an interruption, also with
+another number of processes, it extracts what is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from autoregressive.train.extraction import extract
+from autoregressive.train.extraction import add_extraction_args, extract
 from tokenizer.build import add_vq_args
 from utils.args import add_bad_images_arg, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="images, one folder for each class")
     data.add_argument("--code-path", required=True, help="folder to write the codes to")
-    data.add_argument("--dataset", default="imagenet", help="layout of the images, and prefix of the code folders")
+    data.add_argument("--dataset", default="imagenet", help="layout of the images, and prefix of what is written")
     data.add_argument("--image-size", type=int, default=256, help="edge of the crops in pixels")
     add_bad_images_arg(data)
     data.add_argument(
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--crop-range", type=float, default=1.1, help="size the ten crops are cut from, over --image-size"
     )
-    data.add_argument("--batch-size", type=int, default=16, help="images that are encoded at once")
+    add_extraction_args(data)
     add_vq_args(flags, ckpt_required=True)
     add_runtime_args(flags)
     add_seed_arg(flags)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoregressive.models.gpt import Transformer
-from dataset.imagenet import CustomDataset
+from dataset.imagenet import CodeDataset
 from utils.distributed import get_rank, get_world_size, sum_over_ranks
 from utils.precision import autocast
 
@@ -18,15 +18,14 @@ from utils.precision import autocast
 class FirstViews(Dataset):
     """The first view (the centre crop, or the first of ten) of each image: codes (N,) int64 and label () int64."""
 
-    def __init__(self, codes: CustomDataset) -> None:
+    def __init__(self, codes: CodeDataset) -> None:
         self.codes = codes
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        codes, label = self.codes.folder.read(self.codes.indices[index], self.codes.vocab_size, self.codes.num_classes)
-        return torch.from_numpy(codes[0, 0]), torch.from_numpy(label)[0]
+        return self.codes.view(index, 0)
 
 
 @torch.no_grad()

@@ -63,6 +63,8 @@ def chain(tmp_path_factory) -> Path:
         work / "codes",
         "--num-workers",
         0,
+        "--layout",
+        "files",
     )
     run(
         TRAIN,
@@ -141,6 +143,8 @@ def extract(chain: Path, work: Path, *flags: object, images: Path | None = None,
         work / "codes",
         "--num-workers",
         0,
+        "--layout",
+        "files",
         *flags,
         **how,
     )
@@ -206,6 +210,8 @@ def test_codes_of_two_tokenizers_are_never_mixed(chain, tmp_path):
         chain / "images",
         "--code-path",
         tmp_path / "codes",
+        "--layout",
+        "files",
     ]
     assert "tokenizer_sha256" in run(EXTRACT, *flags, code=2)
 

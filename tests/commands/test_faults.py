@@ -116,7 +116,7 @@ def test_extraction_killed_at_a_random_moment_ends_complete(tmp_path):
     images = make_images(tmp_path / "images", per_class=40)
     run(VQ_TRAIN, *VQ_FLAGS, "--data-path", images, "--max-steps", 1, "--run-dir", tmp_path / "vq")
     flags = [*VQ_SIZE, "--vq-ckpt", tmp_path / "vq/checkpoints/0000001.pt", "--data-path", images, "--num-workers", 0,
-             "--batch-size", 1]  # fmt: skip
+             "--batch-size", 1, "--layout", "files"]  # fmt: skip
     run(EXTRACT, *flags, "--code-path", tmp_path / "whole")
     folder = tmp_path / "killed/imagenet16_codes"
     process = start(EXTRACT, *flags, "--code-path", tmp_path / "killed")

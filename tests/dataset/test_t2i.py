@@ -217,7 +217,7 @@ def test_mask_is_causal_and_hides_padding(num_tokens: int, data: st.DataObject) 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 9])
 def test_left_padding_keeps_the_first_tokens(tokens: int) -> None:
-    features = np.arange(1, tokens + 1, dtype=np.float16).reshape(1, tokens, 1)
+    features = torch.arange(1.0, tokens + 1)[:, None]
     padded = left_padded(features, 5)
     kept = list(range(1, min(tokens, 5) + 1))
     assert padded.dtype == torch.float32

@@ -1,0 +1,445 @@
+"""Tar shards (the WebDataset layout): images, captions, labels and codes in a few large files, read in one go.
+
+    python3 dataset/tars.py --data-path data/mine/train --output data/mine_tars --samples-per-shard 1000
+
+packs a folder of images, with the captions and labels beside them and on request their codes. The members of a sample
+stand one after another and share a key, the name up to the first dot after the last slash:
+
+    {key}.png .jpg .webp    the image
+    {key}.txt               its caption
+    {key}.cls               the number of its class
+    {key}.json              anything else, here: captions and label
+    {key}.codes.npy         its codes, int64 (views, tokens)
+
+`shards.json` beside the shards counts them. Nothing is ever unpickled: of what a foreign tar may hold, only these five
+kinds are decoded.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by file path: the repository root takes the place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import io
+import json
+import logging
+import random
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys
+from webdataset.writer import TarWriter
+
+from dataset.codes import CodeFolder
+from dataset.images import ClassFolders, read_rgb
+from dataset.lists import CaptionLists
+from utils import errors
+from utils.args import make_parser
+from utils.distributed import get_rank, get_world_size
+from utils.files import read_json, write_atomic, write_json
+from utils.progress import progress
+from utils.seeding import mix_seed, seeded
+
+IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+MANIFEST = "shards.json"
+MAX_MEMBER = 2**28  # bytes; a larger one is no image, caption or code
+PATIENCE = 100  # samples after which the share of bad ones means something
+_MAX_WORKERS = 1024
+Report = Callable[[str], None]
+_log = logging.getLogger("llamagen.dataset")
+
+
+class BadSample(ValueError):
+    """A sample that lacks a member or holds one that cannot be decoded."""
+
+
+# ---- one member
+
+
+def member_kind(member: str) -> str | None:
+    """What a member called `member` holds: image, txt, cls, json or npy; None for anything else."""
+    suffix = member.lower().rpartition(".")[2]
+    return "image" if suffix in IMAGE_FORMATS else suffix if suffix in ("txt", "cls", "json", "npy") else None
+
+
+def encode_member(member: str, value: Any) -> bytes:
+    """The bytes of a member: images are bytes already, txt is str, cls int, json JSON, npy an array.
+
+    Raises:
+        ValueError: when the name says nothing about the contents.
+    """
+    kind = member_kind(member)
+    if kind is None:
+        raise ValueError(f"a member called {member!r} is unknown; use .png, .jpg, .webp, .txt, .cls, .json or .npy")
+    if isinstance(value, bytes):
+        return value
+    if kind == "npy":
+        stream = io.BytesIO()
+        np.save(stream, np.asarray(value), allow_pickle=False)
+        return stream.getvalue()
+    text = json.dumps(value, ensure_ascii=False) if kind == "json" else str(value)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_member(member: str, data: bytes) -> Any:
+    """The inverse of `encode_member`: an RGB PIL image, str, int, JSON or a tensor (integers as int64).
+
+    Raises:
+        BadSample: when the bytes are something else.
+    """
+    decode = {"image": decode_image, "txt": bytes.decode, "cls": int, "json": json.loads, "npy": _decode_array}
+    try:
+        return decode[member_kind(member)](data)
+    except Exception as error:  # each decoder has exceptions of its own
+        raise BadSample(f"the member {member} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode PNG, JPEG or WebP to RGB; anything Pillow raises is passed on."""
+    with Image.open(io.BytesIO(data), formats=sorted(set(IMAGE_FORMATS.values()))) as image:
+        return image.convert("RGB")
+
+
+def _decode_array(data: bytes) -> torch.Tensor:
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        raise ValueError("expected one array of numbers")
+    return torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else array.dtype.newbyteorder("=")))
+
+
+# ---- one tar
+
+
+def members_of(archive: tarfile.TarFile, path: Path, report: Report) -> Iterator[tarfile.TarInfo]:
+    """The ordinary files in a tar of which something can be read; `report` hears of damage.
+
+    Links, devices and sparse files, which are larger than their tar, are passed over.
+    """
+    while True:
+        try:
+            info = archive.next()
+        except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError) as error:
+            report(f"{path} is cut short or damaged ({error})")
+            return
+        if info is None:
+            return
+        archive.members = []  # else it keeps every header
+        if info.size > MAX_MEMBER:
+            report(f"{path}: {info.name} is said to have {info.size} bytes, more than {MAX_MEMBER}")
+            return  # skipping it would count up to its size
+        if info.isreg() and not info.issparse():
+            yield info
+
+
+def read_tar(path: str | Path, report: Report) -> Iterator[dict[str, Any]]:
+    """The samples of a tar: member name -> bytes, and "__key__"; `report` hears of damage, which ends it."""
+    path = Path(path)
+    for sample in group_by_keys(_files(path, report), handler=lambda error: report(str(error.args[0])) is None):
+        del sample["__url__"]
+        yield sample
+
+
+def _files(path: Path, report: Report) -> Iterator[dict[str, Any]]:
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:
+            for info in members_of(archive, path, report):
+                yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": str(path)}
+    except (tarfile.TarError, OSError) as error:
+        report(f"{path} is cut short or damaged ({error})")
+    else:
+        if not _has_end_mark(path):
+            report(f"{path} has no end mark: it was cut short")
+
+
+def _has_end_mark(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return file.read() == bytes(1024)
+
+
+# ---- writing
+
+
+def write_shards(
+    folder: str | Path,
+    samples: Sequence[Mapping[str, Any]],
+    samples_per_shard: int = 1000,
+    classes: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write samples (member name -> value as in `encode_member`, and "__key__") as `folder`/shard-000000.tar, ...
+
+    Shards appear whole or not at all, and those that are there already are kept; the manifest comes last.
+
+    Raises:
+        ValueError: when a sample or key is unfit, or the folder holds shards of another set.
+    """
+    if samples_per_shard < 1 or not len(samples):
+        raise ValueError(f"nothing to write: {len(samples)} samples, {samples_per_shard} in a shard")
+    folder = Path(folder)
+    settings = {"samples": len(samples), "samples_per_shard": samples_per_shard, "classes": classes and list(classes)}
+    _claim(folder, settings)
+    starts = range(0, len(samples), samples_per_shard)
+    shards = [folder / f"shard-{number:06d}.tar" for number in range(len(starts))]
+    with progress(len(samples), "sample", what="writing tar shards") as bar:
+        for shard, start in zip(shards, starts):
+            part = range(start, min(start + samples_per_shard, len(samples)))
+            if not shard.is_file():
+                write_atomic(shard, lambda file, part=part: _write_tar(file, (samples[index] for index in part)))
+            bar.update(len(part))
+    counts = [min(samples_per_shard, len(samples) - start) for start in starts]
+    entries = [{"name": shard.name, "samples": count} for shard, count in zip(shards, counts)]
+    write_json(folder / MANIFEST, {**settings, "shards": entries})
+    return shards
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    if not (folder / MANIFEST).is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and has no {MANIFEST}; choose a new folder")
+        write_json(folder / MANIFEST, {**settings, "shards": []})
+    elif (found := read_json(folder / MANIFEST)) is None or any(found.get(k) != v for k, v in settings.items()):
+        raise ValueError(f"{folder} holds shards of another set or size; choose a new folder or delete it")
+
+
+def _write_tar(file: Any, samples: Iterable[Mapping[str, Any]]) -> None:
+    keys: set[str] = set()
+    with TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False, format="PAX_FORMAT") as writer:
+        for sample in samples:
+            key = sample["__key__"]
+            if "." in key.rpartition("/")[2] or not key.rpartition("/")[2] or key in keys:
+                raise ValueError(f"the key {key!r} is empty, comes twice or has a dot in it")
+            keys.add(key)
+            members = {name: encode_member(name, value) for name, value in sample.items() if name != "__key__"}
+            writer.write({"__key__": key, **members})
+
+
+class FolderSamples(Sequence[dict[str, Any]]):
+    """The images of class folders as samples for `write_shards`, numbered as `ClassFolders` numbers them.
+
+    Captions come from the .jsonl lists in the folder, if any; `codes` gives the codes of an image by its number.
+    """
+
+    def __init__(self, data_path: str | Path, codes: Callable[[int], np.ndarray] | None = None) -> None:
+        images = ClassFolders(data_path)
+        self.samples, self.classes, self.codes = images.samples, images.classes, codes
+        lists = sorted(Path(data_path).glob("*.jsonl"))
+        records = CaptionLists(lists) if lists and any(path.stat().st_size for path in lists) else ()
+        self.captions = {str(record.image_file.resolve()): list(record.text) for record in records}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        path, label = self.samples[index]
+        captions = self.captions.get(str(Path(path).resolve()), [])
+        sample = {"__key__": f"{index:09d}", "cls": label, **image_member(Path(path))}
+        sample["json"] = {"text": captions, "label": self.classes[label], "image_path": Path(path).name}
+        if captions:
+            sample["txt"] = captions[0]
+        if self.codes:
+            sample["codes.npy"] = self.codes(index)
+        return sample
+
+
+def image_member(path: Path) -> dict[str, bytes]:
+    """An image file as a member: its own bytes, or as PNG where shards do not take its format."""
+    suffix = path.suffix.lower()[1:]
+    if suffix in IMAGE_FORMATS:
+        return {suffix: path.read_bytes()}
+    stream = io.BytesIO()
+    read_rgb(path).save(stream, "PNG")
+    return {"png": stream.getvalue()}
+
+
+# ---- reading
+
+
+def list_tars(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The tars that `source` means, sorted: a folder of them, one, or several.
+
+    Raises:
+        FileNotFoundError: when one is missing, or the folder has none, or fewer than its manifest says.
+    """
+    several = [source] if isinstance(source, (str, Path)) else source
+    paths = [Path(path) for path in several]
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        counts = shard_counts(folder)
+        paths = sorted({*folder.glob("*.tar"), *(folder / name for name in counts)})
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise FileNotFoundError(f"there is no tar {missing[0]}" if missing else f"there are no tars in {source}")
+    return sorted(paths)
+
+
+def shard_counts(folder: Path) -> dict[str, int]:
+    """How many samples each shard in `folder` has, from the manifest; empty without one."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"shards": []}
+    try:
+        return {entry["name"]: int(entry["samples"]) for entry in manifest["shards"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged; delete it or write the shards again") from error
+
+
+class TarSamples(IterableDataset):
+    """The samples of tar shards; items are tuples of `members`, each once per epoch over all ranks and workers.
+
+    `members` are names such as "txt", "cls", "json", "codes.npy", or "image" (RGB, whatever its format, then through
+    `transform`) or "key" (str). Each worker of each rank reads shards of its own, so have at least as many shards as
+    workers in all; ranks may differ in the number of their samples, which `endless` (the next epoch follows at once)
+    makes good for trainers that count steps.
+
+    With `shuffle` samples in a buffer, the order is random and, as that of the transform's randomness, a function of
+    `seed`, epoch, rank and worker alone; a run goes on with `set_epoch`.
+
+    Raises:
+        FileNotFoundError: when there are no tars.
+        ValueError: when there are fewer shards than ranks; on reading, when more than `max_bad_share` of the samples
+            so far are bad: undecodable, lacking a member, or lost with the end of a shard. Those up to it are left
+            out, counted (`bad`) and logged.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Sequence[str | Path],
+        members: Sequence[str] = ("image", "cls"),
+        *,
+        transform: Callable | None = None,
+        seed: int = 0,
+        shuffle: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        max_bad_share: float = 0.01,
+        endless: bool = False,
+    ) -> None:
+        self.shards, self.members, self.transform = list_tars(source), tuple(members), transform
+        self.seed, self.shuffle, self.endless, self.max_bad_share = seed, shuffle, endless, max_bad_share
+        self.rank = get_rank() if rank is None else rank
+        self.world_size = get_world_size() if world_size is None else world_size
+        if len(self.shards) < self.world_size:
+            raise ValueError(f"{len(self.shards)} shards are too few for {self.world_size} ranks; write smaller shards")
+        folders = {path.parent for path in self.shards}
+        self._expected = {folder / name: count for folder in folders for name, count in shard_counts(folder).items()}
+        # shared with the workers, a row for each so that no lock is needed: samples seen, bad ones
+        self._counts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def bad(self) -> int:
+        """How many bad samples this rank has left out so far."""
+        return int(self._counts[:, 1].sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; reaches workers that live on as well."""
+        self._epoch[0] = epoch
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        consumer, consumers, epoch = self.rank * workers + worker, self.world_size * workers, int(self._epoch)
+        while True:
+            shards = self._order(epoch)[consumer::consumers]
+            chance = random.Random(mix_seed(self.seed, epoch, consumer, consumers))
+            for sample in shuffled(self._samples(shards, worker), self.shuffle, chance):
+                item = self._decoded(sample, epoch, worker)
+                if item is not None:
+                    yield item
+            epoch += 1
+            if not self.endless or not shards:
+                return
+
+    def _order(self, epoch: int) -> list[Path]:
+        shards = list(self.shards)
+        if self.shuffle:
+            random.Random(mix_seed(self.seed, epoch)).shuffle(shards)
+        return shards
+
+    def _samples(self, shards: list[Path], worker: int) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            complaints: list[str] = []
+            count = 0
+            for sample in read_tar(shard, complaints.append):
+                count += 1
+                yield sample
+            for complaint in complaints:
+                self._note_bad(worker, complaint, 1)
+            lost = self._expected.get(shard, count) - count - len(complaints)
+            if lost > 0:
+                self._note_bad(worker, f"{shard} lacks samples that {MANIFEST} counts", lost)
+
+    def _decoded(self, sample: dict[str, Any], epoch: int, worker: int) -> tuple[Any, ...] | None:
+        key = sample["__key__"]
+        self._counts[worker, 0] += 1
+        try:
+            with seeded(mix_seed(self.seed, epoch, zlib.crc32(key.encode("utf-8", "surrogateescape")))):
+                return tuple(self._member(sample, name) for name in self.members)
+        except BadSample as error:
+            self._note_bad(worker, f"sample {key}: {error}", 1)
+            return None
+
+    def _member(self, sample: dict[str, Any], name: str) -> Any:
+        if name == "key":
+            return sample["__key__"]
+        found = next((m for m in sample if m == name or (name == "image" and member_kind(m) == "image")), None)
+        if found is None:
+            raise BadSample(f"there is no {name} among {', '.join(sorted(sample.keys() - {'__key__'})) or 'nothing'}")
+        value = decode_member(found, sample[found])
+        return self.transform(value) if name == "image" and self.transform else value
+
+    def _note_bad(self, worker: int, reason: str, number: int) -> None:
+        _log.warning("left out: %s", reason)
+        self._counts[worker, 1] += number
+        seen, bad = self._counts.sum(0).tolist()
+        if bad > self.max_bad_share * max(seen, PATIENCE):
+            raise ValueError(
+                f"{bad} bad samples among the first {max(seen, bad)}, more than {self.max_bad_share:.1%}; "
+                f"check the shards. The last one: {reason}"
+            )
+
+
+def shuffled(items: Iterable[Any], size: int, chance: random.Random) -> Iterator[Any]:
+    """The items in random order, as far as a buffer of `size` of them allows."""
+    buffer: list[Any] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+        elif size:
+            place = chance.randrange(size)
+            buffer[place], item = item, buffer[place]
+            yield item
+        else:
+            yield item
+    chance.shuffle(buffer)
+    yield from buffer
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder with a sub-folder of images per class")
+    parser.add_argument("--output", required=True, help="folder to write the shards to")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar")
+    parser.add_argument("--code-path", help="put the codes that were extracted from --data-path to here in as well")
+    parser.add_argument("--image-size", type=int, default=256, help="image size of those codes")
+    args = parser.parse_args()
+    codes = None
+    if args.code_path:
+        folder = CodeFolder.find(args.code_path, args.image_size)
+        codes = lambda index: folder.read(index)[0][0]  # noqa: E731
+    samples = FolderSamples(args.data_path, codes)
+    shards = write_shards(args.output, samples, args.samples_per_shard, samples.classes)
+    print(f"{args.output}: {len(samples)} samples in {len(shards)} shards")
+
+
+if __name__ == "__main__":
+    errors.run(main)
