@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     flags.add_argument(
-        "--quick", action="store_true", help="5,000 images of 256 codes a view, where the flags below are not given"
+        "--quick", action="store_true", help="20,000 images of 256 codes a view, where the flags below are not given"
     )
     flags.add_argument("--images", type=int, help="number of images; the default is 20,000")
     flags.add_argument("--views", type=int, default=10, help="views of each image")

@@ -12,6 +12,7 @@ from dataset.imagenet import build_imagenet, build_imagenet_code
 from dataset.openimage import build_openimage
 from dataset.pexels import build_pexels
 from dataset.t2i import build_t2i, build_t2i_code, build_t2i_image
+from dataset.tars import build_tars
 
 BUILDERS = {
     "imagenet": build_imagenet,
@@ -19,6 +20,7 @@ BUILDERS = {
     "coco": build_coco,
     "openimage": build_openimage,
     "pexels": build_pexels,
+    "tars": build_tars,
     "t2i_image": build_t2i_image,
     "t2i": build_t2i,
     "t2i_code": build_t2i_code,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from utils.args import num_workers
 from utils.distributed import get_rank, get_world_size, read_launch
@@ -102,13 +102,42 @@ class SeededItems(Dataset):
             return self.dataset[draw.index]
 
 
+class StreamPosition:
+    """Where a training stands in an endless stream: a stream has no position inside an epoch, only an epoch.
+
+    A run that continues in the middle of an epoch goes on with the next one, in that one's order.
+    """
+
+    def __init__(self, samples: Any, global_batch_size: int) -> None:
+        self.samples, self.batches_per_epoch = samples, samples.total // global_batch_size
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f"the shards hold {samples.total} samples, fewer than --global-batch-size {global_batch_size}"
+            )
+
+    @property
+    def start(self) -> int:
+        """Number of global batches already done; setting it chooses the epoch to begin with."""
+        return self._start
+
+    @start.setter
+    def start(self, batches: int) -> None:
+        self._start = batches
+        self.samples.set_epoch(-(-batches // self.batches_per_epoch))
+
+
 def training_loader(
     dataset: Dataset, args: argparse.Namespace, device: torch.device
-) -> tuple[GlobalBatchSampler, DataLoader]:
+) -> tuple[GlobalBatchSampler | StreamPosition, DataLoader]:
     """The draws and the loader of a training command; set `sampler.start` before the loader is iterated.
 
     The loader's workers live as long as the training. `args` has the flags of `utils.args.add_optimizer_args`.
     """
+    workers, on_gpu = num_workers(args, read_launch().local_size), device.type == "cuda"
+    if isinstance(dataset, IterableDataset):
+        stream = StreamPosition(dataset, args.global_batch_size)
+        micro = args.global_batch_size // (get_world_size() * args.gradient_accumulation_steps)
+        return stream, DataLoader(dataset, batch_size=micro, num_workers=workers, pin_memory=on_gpu)
     sampler = GlobalBatchSampler(
         len(dataset),  # type: ignore[arg-type]
         args.global_batch_size,
@@ -117,6 +146,5 @@ def training_loader(
         world_size=get_world_size(),
         accumulation=args.gradient_accumulation_steps,
     )
-    workers = num_workers(args, read_launch().local_size)
-    items, on_gpu = SeededItems(dataset), device.type == "cuda"
+    items = SeededItems(dataset)
     return sampler, DataLoader(items, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu)

@@ -29,6 +29,7 @@ import logging
 import random
 import tarfile
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from dataset.codes import CodeFolder
+from dataset.imagenet import build_imagenet_code
 from dataset.images import ClassFolders, read_rgb
 from dataset.lists import CaptionLists
 from utils import errors
@@ -336,6 +337,20 @@ class TarSamples(IterableDataset):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
+    def total(self) -> int:
+        """Samples in all shards, of all ranks.
+
+        Raises:
+            ValueError: when a shard is not counted in its shards.json.
+        """
+        uncounted = [path for path in self.shards if path not in self._expected]
+        if uncounted:
+            raise ValueError(
+                f"{uncounted[0]} is not counted in a {MANIFEST} beside it; write the shards with dataset/tars.py"
+            )
+        return sum(self._expected[path] for path in self.shards)
+
+    @property
     def bad(self) -> int:
         """How many bad samples this rank has left out so far."""
         return int(self._counts[:, 1].sum())
@@ -424,6 +439,18 @@ def shuffled(items: Iterable[Any], size: int, chance: random.Random) -> Iterator
     yield from buffer
 
 
+def build_tars(args: Namespace, transform: Callable) -> TarSamples:
+    """The images and classes of the shards in `args.data_path`, over and over, for training."""
+    share = getattr(args, "max_bad_share", 0.01)
+    order = {"seed": args.global_seed, "shuffle": 1000, "endless": True}
+    return TarSamples(args.data_path, transform=transform, max_bad_share=share, **order)
+
+
+def _codes_of(args: Namespace) -> Callable[[int], np.ndarray]:
+    codes = build_imagenet_code(args)
+    return lambda index: codes.source.read(index)[0][0]
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder with a sub-folder of images per class")
@@ -432,11 +459,7 @@ def main() -> None:
     parser.add_argument("--code-path", help="put the codes that were extracted from --data-path to here in as well")
     parser.add_argument("--image-size", type=int, default=256, help="image size of those codes")
     args = parser.parse_args()
-    codes = None
-    if args.code_path:
-        folder = CodeFolder.find(args.code_path, args.image_size)
-        codes = lambda index: folder.read(index)[0][0]  # noqa: E731
-    samples = FolderSamples(args.data_path, codes)
+    samples = FolderSamples(args.data_path, _codes_of(args) if args.code_path else None)
     shards = write_shards(args.output, samples, args.samples_per_shard, samples.classes)
     print(f"{args.output}: {len(samples)} samples in {len(shards)} shards")
 

@@ -53,7 +53,7 @@ def labels(out: Path) -> dict[int, str]:
     """Grey -> class name, read as the class-conditional commands read them."""
     result = {}
     for split in own.SPLITS:
-        if any((out / split).glob("*/")):
+        if any(path.is_dir() for path in (out / split).glob("*")):
             images = ClassFolders(out / split)
             result |= {image.getpixel((0, 0))[0]: images.classes[label] for image, label in images}
     return result

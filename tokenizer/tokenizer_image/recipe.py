@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from dataset.augmentation import eval_transform, train_transform
 from dataset.build import build_dataset
@@ -42,7 +43,7 @@ def train(args: argparse.Namespace) -> None:
     apply_threads(args)
     allow_tf32()
     with process_group(args.device) as device:
-        images = SkipBad(build_dataset(args, transform=train_transform(args.image_size)), args.max_bad_share)
+        images = training_images(args)
         seed_step(args.global_seed, 0, 0)  # equal initial weights on all ranks and in all restarts
         model = new_model(args).to(device, memory_format=torch.channels_last)
         if args.image_size % model.stride:
@@ -54,7 +55,7 @@ def train(args: argparse.Namespace) -> None:
         logger.info(f"Experiment directory: {run.path}; settings: {args}")
         logger.info(f"VQ Model Parameters: {sum(p.numel() for p in model.parameters()):,}")
         sampler, loader = training_loader(images, args, device)
-        logger.info(f"Dataset contains {len(images):,} images ({args.data_path})")
+        logger.info(f"Dataset: {args.data_path}, {sampler.batches_per_epoch:,} steps an epoch")
         settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
         step = TrainStep(args, model, images, device, settings.total_steps, logger)
         trainer = Trainer(
@@ -71,6 +72,12 @@ def train(args: argparse.Namespace) -> None:
         sampler.start = trainer.resume(args.vq_ckpt, describe_weights, restart=args.finetune)
         trainer.fit()
         logger.info("Done!")
+
+
+def training_images(args: argparse.Namespace) -> Dataset:
+    """The images of `args`, randomly cropped; unreadable ones are left out up to --max-bad-share."""
+    images = build_dataset(args, transform=train_transform(args.image_size))
+    return images if isinstance(images, IterableDataset) else SkipBad(images, args.max_bad_share)
 
 
 def new_model(args: argparse.Namespace) -> VQModel:
@@ -212,6 +219,9 @@ class TrainStep:
         return z.permute(0, 2, 3, 1).flatten(0, 2)
 
     def _first_latents(self) -> Tensor:
+        if isinstance(self.images, IterableDataset):
+            batches = itertools.islice(DataLoader(self.images, batch_size=64), _KMEANS_IMAGES // 64)
+            return torch.cat([self._latents(batch[0].to(self.device)) for batch in batches])
         seed, count = self.args.global_seed, min(_KMEANS_IMAGES, len(self.images))  # type: ignore[arg-type]
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
         draws = [Draw(int(i), mix_seed(seed, int(i))) for i in order[:count]]
@@ -222,7 +232,8 @@ class TrainStep:
 def _validator(args: argparse.Namespace, model: VQModel, device: torch.device):
     if not args.val_data_path:
         return None
-    held_out = argparse.Namespace(**{**vars(args), "data_path": args.val_data_path})
+    layout = "imagenet" if args.dataset == "tars" else args.dataset  # held-out images need no streaming
+    held_out = argparse.Namespace(**{**vars(args), "data_path": args.val_data_path, "dataset": layout})
     images = build_dataset(held_out, transform=eval_transform(args.image_size))
     images = Subset(images, range(min(len(images), args.val_images)))
     return lambda: evaluate_reconstruction(model, DataLoader(images, batch_size=32), device)

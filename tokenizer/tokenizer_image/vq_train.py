@@ -22,7 +22,7 @@ from tokenizer.tokenizer_image.recipe import train
 from utils.args import add_bad_images_arg, add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
 
-DATASETS = ["imagenet", "coco", "openimage", "pexels", "t2i_image"]
+DATASETS = ["imagenet", "coco", "openimage", "pexels", "t2i_image", "tars"]
 
 
 def parser() -> argparse.ArgumentParser:
