@@ -30,6 +30,8 @@ SMALLER = {  # flags that come last win: the same command on tiny data
     "train_vq": [*VQ_FLAGS, "--max-steps", "2"],
     "extract_codes": [*VQ_SIZE, "--num-workers", "0"],
     "train_c2i": [*GPT_FLAGS, "--max-steps", "2"],
+    "dataset/own.py": ["--size", "16"],
+    "dataset/tars.py": ["--samples-per-shard", "5"],
     "sample_c2i": [*VQ_SIZE, *GPT_FLAGS[:8], "--class-labels", "0", "2", "--precision", "none"],
 }
 
@@ -42,6 +44,7 @@ def data(tmp_path_factory):
     work = tmp_path_factory.mktemp("readme")
     for split in ("train", "val"):
         make_images(work / "data/imagenet" / split)
+    make_images(work / "photos")
     images, codes = work / "data/imagenet/train", work / "data/codes"
     run(VQ_TRAIN, *VQ_FLAGS, "--data-path", images, "--max-steps", 1, "--run-dir", work / "vq")
     vq_ckpt = checkpoint.latest(work / "vq/checkpoints")
@@ -55,14 +58,16 @@ def data(tmp_path_factory):
 
 
 def test_readme_has_the_commands_that_this_test_knows():
-    assert len(STAGES) == 4
+    assert len(STAGES) == 6
     assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(STAGES)
 
 
 @pytest.mark.parametrize("command", STAGES, ids=lambda text: re.search(r"(\w+)\.(sh|py)", text)[1])
 def test_stage(command, data, tmp_path):
     smaller = next(flags for name, flags in SMALLER.items() if name in command)
-    words = [word if "/" not in word else _placed(word, data, tmp_path) for word in shlex.split(command)]
+    words = [
+        word if "/" not in word and word != "photos" else _placed(word, data, tmp_path) for word in shlex.split(command)
+    ]
     line = (
         shlex.join([*words, *smaller])
         .replace("'nproc_per_node=8'", "nproc_per_node=2")
@@ -76,7 +81,9 @@ def test_stage(command, data, tmp_path):
 
 
 def _placed(word, data, tmp_path):
-    if word.startswith(("data/", "pretrained_models/")):
+    if word in ("data/photos", "data/shards"):  # results, too
+        return str(tmp_path / word)
+    if word.startswith(("data/", "pretrained_models/")) or word == "photos":
         return str(data / word)
     return str(tmp_path / word) if word.startswith("results/") else word
 
