@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from autoregressive.sample import sample_c2i
-from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.train import extract_codes_c2i, extract_codes_t2i, train_c2i
 from tokenizer.tokenizer_image import vq_train
 
 NAMES = {
@@ -72,6 +72,11 @@ LINES = [
         extract_codes_c2i,
         "--data-path d --code-path c --vq-model VQ-8 --vq-ckpt x --codebook-size 16384 --codebook-embed-dim 8 "
         "--dataset imagenet --image-size 448 --ten-crop --crop-range 1.05 --global-seed 0 --num-workers 24 --debug",
+    ),
+    (
+        extract_codes_t2i,
+        "--data-path d --code-path c --data-start 0 --data-end 3 --vq-model VQ-16 --vq-ckpt x --codebook-size 16384 "
+        "--codebook-embed-dim 8 --image-size 512 --global-seed 0 --num-workers 24",
     ),
     (
         train_c2i,
