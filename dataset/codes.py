@@ -191,3 +191,27 @@ def write_codes(folder: CodeFolder, index: int, codes: np.ndarray | Tensor, labe
 def caption_codes_path(code_path: str | Path, stem: str, line: int) -> Path:
     """The code file of line `line` of the caption list `stem`."""
     return Path(code_path, stem, f"{line}.npy")
+
+
+class CaptionFiles:
+    """Code files of caption lists at any (list stem, line); every file below `code_path` is one.
+
+    `tokens`, when given, is the T that each must have.
+
+    Attributes:
+        keys: (stem, line) of every file, lists sorted by name, lines by number.
+
+    Raises:
+        FileNotFoundError: when there are none.
+    """
+
+    def __init__(self, code_path: str | Path, tokens: int | None = None) -> None:
+        self.code_path, self.tokens = Path(code_path), tokens
+        folders = sorted(path for path in self.code_path.iterdir() if path.is_dir()) if self.code_path.is_dir() else []
+        self.keys = [(folder.name, line) for folder in folders for line in numbered_files(folder)]
+        if not self.keys:
+            raise FileNotFoundError(f"no code files in {code_path}; run autoregressive/train/extract_codes_t2i.py")
+
+    def read(self, stem: str, line: int, vocab_size: int | None = None) -> np.ndarray:
+        """The codes of one record, int64 (1, T); ValueError when unreadable, of another T or outside the vocabulary."""
+        return read_integers(caption_codes_path(self.code_path, stem, line), (1, self.tokens), vocab_size)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.codes import caption_codes_path, numbered_files, read_integers
+from dataset.codes import CaptionFiles
 from dataset.features import FeatureFiles, PackedFeatures, open_features
 from dataset.images import BadItems, TooSmall, read_rgb
 from dataset.lists import CaptionLists, Record, list_files
+from dataset.packed import CaptionCodes, find_stores
 
 SHORT_CAPTION_SHARE = 0.3
 
@@ -104,7 +105,7 @@ class _CaptionedItems(Dataset):
     """What images and codes with captions have in common: features, mask and the count of bad items."""
 
     def __init__(self, args: Namespace, stems: list[str], count: int, max_bad_share: float) -> None:
-        self.grid_tokens = (args.image_size // args.downsample_size) ** 2
+        self.grid_tokens = grid_tokens(args)
         self.text_tokens = getattr(args, "cls_token_num", 120)
         short_path = getattr(args, "short_t5_feat_path", None)
         dim = getattr(args, "caption_dim", 2048)
@@ -164,9 +165,9 @@ class Text2ImgDataset(_CaptionedItems):
 class Text2ImgDatasetCode(_CaptionedItems):
     """Extracted codes with text features; items are (codes, features, mask, valid).
 
-    Codes are int64 (1, T) from `{args.code_path}/{list stem}/{line}.npy`; every file there is an item, lists
-    sorted by name and lines by number. The rest is as in `Text2ImgDataset`. `args.vocab_size`, if there,
-    bounds the codes.
+    Codes are int64 (1, T) from the packed stores in `args.code_path`, else from its files
+    `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. The rest
+    is as in `Text2ImgDataset`. `args.vocab_size`, if there, bounds the codes.
 
     Raises:
         FileNotFoundError: when there are no codes, or no features for one of the lists.
@@ -174,24 +175,31 @@ class Text2ImgDatasetCode(_CaptionedItems):
     """
 
     def __init__(self, args: Namespace, max_bad_share: float = 0.01) -> None:
-        self.code_path = Path(args.code_path)
-        folders = sorted(path for path in self.code_path.iterdir() if path.is_dir()) if self.code_path.is_dir() else []
-        self.keys = [(folder.name, line) for folder in folders for line in numbered_files(folder)]
-        if not self.keys:
-            raise FileNotFoundError(f"no code files in {self.code_path}; run autoregressive/train/extract_codes_t2i.py")
         self.vocab_size = getattr(args, "vocab_size", None)
+        tokens = grid_tokens(args)
+        if find_stores(args.code_path):
+            self.codes = CaptionCodes(args.code_path, self.vocab_size)
+            if self.codes.tokens != tokens:
+                raise ValueError(f"{args.code_path} holds {self.codes.tokens} codes an image, expected {tokens}")
+        else:
+            self.codes = CaptionFiles(args.code_path, tokens)
+        self.keys = self.codes.keys
         super().__init__(args, sorted({stem for stem, _ in self.keys}), len(self.keys), max_bad_share)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if index not in self.bad:
             stem, line = self.keys[index]
             try:
-                path = caption_codes_path(self.code_path, stem, line)
-                codes = torch.from_numpy(read_integers(path, (1, self.grid_tokens), self.vocab_size))
+                codes = torch.from_numpy(self.codes.read(stem, line, self.vocab_size))
                 return self._item(codes, self.features.read(stem, line))
             except ValueError as error:
                 self.bad.add(index, error)
         return self._invalid(torch.zeros(1, self.grid_tokens, dtype=torch.int64))
+
+
+def grid_tokens(args: Namespace) -> int:
+    """Codes of an image."""
+    return (args.image_size // args.downsample_size) ** 2
 
 
 def build_t2i_image(args: Namespace, transform: Callable) -> Text2ImgDatasetImg:

@@ -21,6 +21,7 @@ from dataset.lists import CAPTION_KEYS, CaptionLists, list_files
 from dataset.t2i import ListedImages, Text2ImgDataset, left_padded, prefix_mask
 from tests import golden
 from tests.dataset.test_images import grey
+from tools.convert_codes import pack_captions
 
 DIM = 16
 
@@ -326,6 +327,19 @@ def test_codes_with_features(code_set: Namespace) -> None:
         assert codes.dtype == torch.int64 and codes.tolist() == [[line] * 4]
         assert float(features[0, -1, 0]) == line + 1
         assert mask.shape == (1, 16, 16) and int(is_valid) == 1
+
+
+def test_packed_codes_give_the_same_items(code_set: Namespace, tmp_path: Path) -> None:
+    pack_captions([tmp_path / "codes" / "a"], tmp_path / "packed", codebook_size=64, shard_size=4)
+    files = build_dataset(code_set)
+    code_set.code_path = str(tmp_path / "packed")
+    packed = build_dataset(code_set)
+    assert packed.keys == files.keys and len(packed) == 6
+    for index in range(6):
+        assert all(torch.equal(a, b) for a, b in zip(files[index], packed[index]))
+    code_set.image_size = 48
+    with pytest.raises(ValueError, match="4 codes an image, expected 9"):
+        build_dataset(code_set)
 
 
 def test_bad_codes_are_counted(code_set: Namespace, tmp_path: Path) -> None:
