@@ -13,7 +13,8 @@ from typing import Any
 
 from dataset.images import class_list, is_image_name
 from dataset.lists import TABLE_SUFFIXES, ParquetColumn, read_table
-from dataset.tars import list_tars, member_kind, members_of
+from dataset.tar_members import member_kind, members_of
+from dataset.tars import list_tars
 from utils.files import read_json
 
 COLUMNS = {  # what columns are usually called, best guess first

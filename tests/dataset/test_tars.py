@@ -23,18 +23,8 @@ from torch.utils.data import DataLoader
 from dataset import tars
 from dataset.augmentation import eval_transform
 from dataset.codes import CodeFolder, write_codes
-from dataset.tars import (
-    MANIFEST,
-    BadSample,
-    FolderSamples,
-    TarSamples,
-    decode_member,
-    encode_member,
-    list_tars,
-    member_kind,
-    read_tar,
-    write_shards,
-)
+from dataset.tar_members import BadSample, decode_member, encode_member, member_kind, read_tar
+from dataset.tars import MANIFEST, FolderSamples, TarSamples, list_tars, write_shards
 from tests.dataset.test_images import grey
 
 
