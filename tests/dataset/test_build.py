@@ -21,7 +21,7 @@ TRANSFORM = eval_transform(8)
 
 def test_names() -> None:
     assert set(BUILDERS) == {
-        "imagenet", "imagenet_code", "coco", "openimage", "pexels", "t2i_image", "t2i", "t2i_code",
+        "imagenet", "imagenet_code", "coco", "openimage", "pexels", "t2i_image", "tars", "t2i", "t2i_code",
     }  # fmt: skip
     with pytest.raises(ValueError, match="no dataset 'imagnet'; choose one of imagenet"):
         build_dataset(Namespace(dataset="imagnet"))
@@ -33,7 +33,7 @@ def test_code_sets_take_no_transform(name: str) -> None:
         build_dataset(Namespace(dataset=name), transform=TRANSFORM)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "coco", "openimage", "pexels", "t2i_image", "t2i"])
+@pytest.mark.parametrize("name", ["imagenet", "coco", "openimage", "pexels", "t2i_image", "tars", "t2i"])
 def test_image_sets_need_a_transform(name: str) -> None:
     with pytest.raises(TypeError, match="transform"):
         build_dataset(Namespace(dataset=name))
