@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="images, one folder for each class")
     data.add_argument("--code-path", required=True, help="folder to write the codes to")
-    data.add_argument("--dataset", default="imagenet", help="layout of the images, and prefix of what is written")
+    data.add_argument(
+        "--dataset",
+        choices=["imagenet", "coco", "openimage", "pexels"],
+        default="imagenet",
+        help="layout of the images, and prefix of what is written",
+    )
     data.add_argument("--image-size", type=int, default=256, help="edge of the crops in pixels")
     add_bad_images_arg(data)
     data.add_argument(
