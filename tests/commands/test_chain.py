@@ -296,7 +296,7 @@ def test_commands_start_from_anywhere_and_as_modules(script, tmp_path):
     by_path = run(str(ROOT / script), "--help", cwd=tmp_path)
     assert "show this help" in by_path
     module = script.removesuffix(".py").replace("/", ".")
-    assert run("-m", module, "--help").replace("python -m " + module, "") != ""
+    assert "show this help" in run("-m", module, "--help")
 
 
 @pytest.mark.parametrize(
