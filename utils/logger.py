@@ -1,4 +1,4 @@
-"""What a run says: lines to the terminal and log.txt, numbers to metrics.jsonl and TensorBoard."""
+"""What a run says: lines to the terminal and log.txt, numbers to metrics.jsonl, pictures; both to TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import json
 import logging
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import is_main
+from utils.image import make_grid_image, save_png
+
+_COLUMNS = 8  # images in a row of a picture
 
 
 class _AboveProgressBar(logging.StreamHandler):
@@ -63,6 +69,19 @@ class Metrics:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
+        """Write each set of images (N, 3, H, W) in [-1, 1] as pictures/{step:07d}-{name}.png and to TensorBoard.
+
+        Eight images stand in a row; only rank 0 writes.
+        """
+        if not is_main():
+            return
+        for name, images in pictures.items():
+            grid = make_grid_image(images.detach(), min(len(images), _COLUMNS))
+            save_png(grid, self.path.parent / "pictures" / f"{step:07d}-{name}.png")
+            if self._tensorboard is not None:
+                self._tensorboard.add_image(name, np.asarray(grid), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -68,6 +68,8 @@ class Trainer:
         stateful: name -> object with state_dict and load_state_dict; together they are the checkpoint.
         extra: plain values that go into every checkpoint (the command's arguments).
         validate: returns named numbers; called every `val_every` steps and at the end, on every rank.
+        pictures: returns named images (N, 3, H, W) in [-1, 1]; called with each validation, on every rank. Those of
+            rank 0 are written to pictures/ in the run's folder, eight in a row.
     """
 
     run: RunFolder
@@ -79,6 +81,7 @@ class Trainer:
     settings: TrainSettings
     extra: Mapping[str, Any]
     validate: Callable[[], Mapping[str, float]] | None = None
+    pictures: Callable[[], Mapping[str, Tensor]] | None = None
     steps_done: int = 0
 
     def fit(self) -> None:
@@ -97,8 +100,9 @@ class Trainer:
                 bar.update()
                 if self._due(self.settings.log_every):
                     self._log(window, metrics, bar)
-                if self.validate and self._due(self.settings.val_every, at_end=True):
+                if self._due(self.settings.val_every, at_end=True):
                     self._validate(metrics)
+                    self._show(metrics)
                 stopping = self._should_stop(stop)
                 if stopping or self._due(self.settings.ckpt_every, at_end=True):
                     self._finite_means(window)  # never replace a good checkpoint by a broken one
@@ -153,10 +157,16 @@ class Trainer:
         return means
 
     def _validate(self, metrics: Metrics) -> None:
-        values = self.validate()  # type: ignore[misc]
+        if self.validate is None:
+            return
+        values = self.validate()
         metrics.write(self.steps_done, {f"val/{name}": value for name, value in values.items()})
         shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
         self.logger.info(f"(step={self.steps_done:07d}) Validation {shown}")
+
+    def _show(self, metrics: Metrics) -> None:
+        if self.pictures is not None:
+            metrics.write_pictures(self.steps_done, self.pictures())
 
     def save(self) -> None:
         """Write a checkpoint of the present step; rank 0 writes, all wait."""

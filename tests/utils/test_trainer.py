@@ -3,8 +3,10 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -156,3 +158,15 @@ def test_checkpoints_go_to_the_second_place_too_and_are_found_there(tmp_path):
     (found,) = (tmp_path / "cloud").rglob("*.pt")
     assert found.name == "0000003.pt" and found.parent.parent.name == "run"
     assert toy_trainer(args).steps_done == 3
+
+
+def test_pictures_are_written_with_each_validation(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "5", "--val-every", "2", "--run-dir", str(tmp_path / "run"))
+    trainer = toy_trainer(args)
+    trainer.pictures = lambda: {"shade": torch.full((10, 3, 4, 4), trainer.steps_done / 4)}
+    trainer.fit()
+    folder = tmp_path / "run" / "pictures"
+    assert sorted(os.listdir(folder)) == ["0000002-shade.png", "0000004-shade.png", "0000005-shade.png"]
+    grid = np.asarray(Image.open(folder / "0000002-shade.png"))
+    assert grid.shape == (2 * 6 + 2, 8 * 6 + 2, 3)  # rows of eight, lines of two pixels
+    assert grid[3, 3].tolist() == [191] * 3 and not grid[10, 3 * 6 :].any()
