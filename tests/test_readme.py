@@ -65,9 +65,7 @@ def test_readme_has_the_commands_that_this_test_knows():
 @pytest.mark.parametrize("command", STAGES, ids=lambda text: re.search(r"(\w+)\.(sh|py)", text)[1])
 def test_stage(command, data, tmp_path):
     smaller = next(flags for name, flags in SMALLER.items() if name in command)
-    words = [
-        word if "/" not in word and word != "photos" else _placed(word, data, tmp_path) for word in shlex.split(command)
-    ]
+    words = [_placed(word, data, tmp_path) for word in shlex.split(command)]
     line = (
         shlex.join([*words, *smaller])
         .replace("'nproc_per_node=8'", "nproc_per_node=2")
@@ -81,11 +79,11 @@ def test_stage(command, data, tmp_path):
 
 
 def _placed(word, data, tmp_path):
-    if word in ("data/photos", "data/shards"):  # results, too
+    """The word of a command; a path of the README stands for one in the test's folders."""
+    results = ("data/photos", "data/shards")
+    if word in results or word.startswith("results/") or word.endswith(".png"):
         return str(tmp_path / word)
-    if word.startswith(("data/", "pretrained_models/")) or word == "photos":
-        return str(data / word)
-    return str(tmp_path / word) if word.startswith("results/") else word
+    return str(data / word) if word.startswith(("data/", "pretrained_models/")) or word == "photos" else word
 
 
 def test_python_examples():

@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
-# Runs autoregressive/train/train_c2i.py on nproc_per_node processes of each of nnodes machines; all flags are passed on.
-#   nproc_per_node=8 bash scripts/autoregressive/train_c2i.sh --flags
-#   nnodes=2 node_rank=0 master_addr=HOST nproc_per_node=8 bash scripts/autoregressive/train_c2i.sh --flags     (on each machine, its node_rank)
+# Trains a class-conditional GPT; all flags are passed on, the machine is described by variables (scripts/launch.sh).
+#   nproc_per_node=8 bash scripts/autoregressive/train_c2i.sh --code-path CODES --gpt-model GPT-L
+#   nnodes=2 node_rank=0 master_addr=HOST nproc_per_node=8 bash scripts/autoregressive/train_c2i.sh ...     (on each machine, its node_rank)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-set -x
-exec torchrun \
-  --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-1}" --node_rank="${node_rank:-0}" \
-  --master_addr="${master_addr:-127.0.0.1}" --master_port="${master_port:-29500}" \
-  autoregressive/train/train_c2i.py "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+launch autoregressive/train/train_c2i.py "$@"

@@ -1,0 +1,183 @@
+"""From numbered pictures to a folder of PNGs and an npz: any number of them, on any number of processes, resumable.
+
+A command gives `draw`, which makes the pictures of given numbers. Picture i must depend on i alone, not on which
+others are drawn beside it; then it does not matter which process draws it, in which batch, or after how many restarts.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.distributed import barrier, broadcast_object, get_rank, get_world_size, is_main
+from utils.files import atomic_path, read_json, write_json
+from utils.image import save_png
+from utils.progress import progress
+
+_WRITERS = 4  # threads that compress PNGs while the next batch is drawn
+_ARRAY = "arr_0"
+
+
+class Drawn(NamedTuple):
+    """Pictures uint8 (n, H, W, 3), and for each what is worth knowing of it (label, seed, PSNR): plain values."""
+
+    pictures: Tensor
+    notes: Sequence[Mapping[str, Any]]
+
+
+Draw = Callable[[list[int]], Drawn]
+
+
+def render(
+    draw: Draw,
+    count: int,
+    folder: str | Path,
+    *,
+    batch_size: int,
+    settings: Mapping[str, Any],
+    npz: bool = True,
+    order_seed: int | None = None,
+) -> Path:
+    """Draw pictures 0 to `count` - 1 into ``{folder}/{index:06d}.png``, and all of them into ``{folder}.npz``.
+
+    Pictures that are there already are kept. Each PNG holds its notes as text. ``{folder}.json`` records `settings`.
+    The npz has one array ``arr_0``, uint8 (count, H, W, 3), in the order of the numbers, or in a random order made of
+    `order_seed` (the Inception Score is a mean over consecutive splits). Every process calls this; all return when
+    everything is written. Returns the folder.
+
+    Raises:
+        ValueError: when the folder holds pictures of other settings.
+    """
+    folder = Path(folder)
+    missing = _claim(folder, count, settings)
+    share = missing[get_rank() :: get_world_size()]
+    with progress(len(missing), "image", what=folder.name) as bar, ThreadPoolExecutor(_WRITERS) as writers:
+        pending: list[Future] = []
+        for indices, drawn in _drawn(draw, share, batch_size):
+            for future in pending:
+                future.result()  # a full disk ends the work here
+            pictures = drawn.pictures.cpu().numpy()
+            pending = [
+                writers.submit(save_png, picture, picture_path(folder, index), note)
+                for index, picture, note in zip(indices, pictures, drawn.notes, strict=True)
+            ]
+            bar.update(min(len(indices) * get_world_size(), bar.total - bar.n))
+        for future in pending:
+            future.result()
+    barrier()
+    if npz and is_main():
+        write_npz(folder, count, order_seed)
+    barrier()
+    return folder
+
+
+def picture_path(folder: str | Path, index: int) -> Path:
+    """Where picture number `index` lies."""
+    return Path(folder) / f"{index:06d}.png"
+
+
+def beside(folder: str | Path, suffix: str) -> Path:
+    """A file beside the folder that is named like it: its npz, its settings."""
+    return Path(folder).with_name(Path(folder).name + suffix)  # with_suffix would cut a name such as "cfg-1.5"
+
+
+def _claim(folder: Path, count: int, settings: Mapping[str, Any]) -> list[int]:
+    """The numbers that are still to be drawn, the same list on all processes; the folder is ours afterwards."""
+    problem, missing = None, []
+    if is_main():
+        problem = _other_settings(folder, settings)
+        if problem is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(beside(folder, ".json"), dict(settings))
+            missing = [i for i in range(count) if not picture_path(folder, i).is_file()]
+    problem, missing = broadcast_object((problem, missing))
+    if problem:
+        raise ValueError(problem)
+    return missing
+
+
+def _other_settings(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    record = beside(folder, ".json")
+    if not record.is_file():
+        return f"{folder} has files, but {record.name} is missing, so nobody knows how they were made; move them away"
+    found = read_json(record)
+    for name in sorted({*found, *settings}):
+        if found.get(name) != settings.get(name):
+            return (
+                f"{folder} holds pictures made with {name} = {found.get(name)}, now it is {settings.get(name)}; "
+                f"remove the folder or choose another one"
+            )
+    return None
+
+
+def _drawn(draw: Draw, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Drawn]]:
+    """Draw in batches; where the memory does not suffice, in halves from there on."""
+    first = 0
+    while first < len(indices):
+        batch = list(indices[first : first + batch_size])
+        try:
+            drawn = draw(batch)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            drawn = None
+        if drawn is None:  # outside the except block, which would keep the failed tensors alive
+            torch.cuda.empty_cache()
+            batch_size = max(1, len(batch) // 2)
+            print(f"rank {get_rank()}: out of memory, goes on with batches of {batch_size}", flush=True)
+            continue
+        yield batch, drawn
+        first += len(batch)
+
+
+def write_npz(folder: str | Path, count: int, order_seed: int | None = None) -> Path:
+    """Put the first `count` PNGs of `folder` into ``{folder}.npz``, one picture in memory at a time.
+
+    The same pictures give the same bytes.
+
+    Raises:
+        ValueError: when a picture is missing or has another size than the first.
+    """
+    order = np.arange(count)
+    if order_seed is not None:
+        np.random.default_rng(order_seed).shuffle(order)
+    shape = _read(folder, 0).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    target = beside(folder, ".npz")
+    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        entry = zipfile.ZipInfo(f"{_ARRAY}.npy")  # without the time of day
+        with archive.open(entry, "w", force_zip64=True) as file, progress(count, "image", what=target.name) as bar:
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in order:
+                picture = _read(folder, index)
+                if picture.shape != shape:
+                    raise ValueError(f"{picture_path(folder, index)} is {picture.shape}, the first picture is {shape}")
+                file.write(picture.tobytes())
+                bar.update()
+    return target
+
+
+def _read(folder: str | Path, index: int) -> np.ndarray:
+    path = picture_path(folder, index)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"cannot read the picture {path} ({error}); remove it and run the command again") from error
+
+
+def read_notes(folder: str | Path, count: int) -> Iterator[dict[str, str]]:
+    """The notes of pictures 0 to `count` - 1, read from the PNGs; values are text, as `save_png` wrote them."""
+    for index in range(count):
+        with Image.open(picture_path(folder, index)) as image:
+            yield dict(image.text)
