@@ -35,6 +35,18 @@ class FeatureStatistics:
         centred = features - mean
         self._merge(len(features), mean, centred.T @ centred)
 
+    @classmethod
+    def from_moments(cls, count: int, mean: Tensor, scatter: Tensor) -> FeatureStatistics:
+        """Statistics of `count` rows from their mean (D,) and scatter (D, D): the sum of outer products about it."""
+        result = cls()
+        result.count, result._mean, result._scatter = count, mean.double(), scatter.double()
+        return result
+
+    def moments(self) -> tuple[int, Tensor, Tensor]:
+        """Count, mean (D,) and scatter (D, D), float64: what `from_moments` takes."""
+        self._demand(1)
+        return self.count, self._mean, self._scatter
+
     def merge(self, other: FeatureStatistics) -> None:
         """Take in what another accumulator has seen, e.g. on another rank."""
         if other.count:
@@ -120,6 +132,39 @@ def class_probabilities(features: Tensor, weights: Tensor) -> Tensor:
     return (features.double() @ weights.double()).softmax(dim=1)
 
 
+class ScoreStatistics:
+    """What the Inception Score needs of class probabilities that arrive in batches, one row of sums per split.
+
+    `table` is (splits, 2 + C) float64: rows seen, sum of p log p, sums of the class probabilities. Tables of several
+    processes add up.
+    """
+
+    def __init__(self, table: Tensor | None = None) -> None:
+        self.table = table
+
+    def update(self, probabilities: Tensor, splits: Tensor) -> None:
+        """Take in probabilities (N, C) whose rows belong to the splits with the numbers `splits` (N,) int64."""
+        p = probabilities.detach().double()
+        rows = torch.cat([torch.ones_like(p[:, :1]), torch.xlogy(p, p).sum(dim=1, keepdim=True), p], dim=1)
+        if len(rows) == 0:
+            return
+        self.table = _with_rows(rows[:0] if self.table is None else self.table, int(splits.max()) + 1)
+        self.table.index_add_(0, splits.to(rows.device), rows)
+
+    def scores(self) -> Tensor:
+        """The Inception Score of each split that has rows, (splits,) float64."""
+        if self.table is None:
+            raise ValueError("the Inception Score needs at least 1 picture, found 0")
+        table = self.table[self.table[:, 0] > 0]
+        mean = table[:, 1:] / table[:, :1]
+        return (mean[:, 0] - torch.xlogy(mean[:, 1:], mean[:, 1:]).sum(dim=1)).exp()
+
+
+def _with_rows(table: Tensor, count: int) -> Tensor:
+    missing = max(count - len(table), 0)
+    return torch.cat([table, table.new_zeros(missing, table.shape[1])])
+
+
 def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> float:
     """Mean over splits of exp(mean KL(p(y|x) || p(y))), from class probabilities (N, C).
 
@@ -128,14 +173,9 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> floa
     """
     if probabilities.ndim != 2 or len(probabilities) == 0:
         raise ValueError(f"probabilities must be (N, C) with N >= 1, found {tuple(probabilities.shape)}")
-    scores = [_split_score(split) for split in probabilities.double().split(split_size)]
-    return torch.stack(scores).mean().item()
-
-
-def _split_score(p: Tensor) -> Tensor:
-    marginal = p.mean(dim=0, keepdim=True)
-    divergence = torch.xlogy(p, p) - torch.xlogy(p, marginal)
-    return divergence.sum(dim=1).mean().exp()
+    statistics = ScoreStatistics()
+    statistics.update(probabilities, torch.arange(len(probabilities)) // split_size)
+    return statistics.scores().mean().item()
 
 
 def precision_recall(

@@ -159,6 +159,33 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def group_device() -> torch.device:
+    """The device whose tensors this process exchanges with the others: its GPU under nccl, else the CPU."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's `value`, in rank order, on every process."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (N_r, ...) of all processes below one another in rank order, on every process; N_r may differ."""
+    if get_world_size() == 1:
+        return rows
+    counts = gather_objects(len(rows))
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
 def broadcast(tensor: Tensor) -> None:
     """Overwrite `tensor` in place with rank 0's values."""
     if get_world_size() > 1:
