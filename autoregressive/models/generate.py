@@ -1,13 +1,12 @@
 """Generation: prefill the condition, then decode one image token after another with a KV cache.
 
 With guidance the batch is [conditional; unconditional]. The unconditional half is computed only while it is
-used: the caches keep its rows, but once `cfg_interval` has passed the model runs on the conditional half
-alone.
+used: the caches keep its rows, but after the last guided token the model runs on the conditional half alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +15,20 @@ from torch import Tensor, nn
 
 from autoregressive.models.cache import DecodeCache
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.guidance import guided_at, guided_logits, uses_guidance, with_null_condition
-from autoregressive.models.sampling import Generators, logits_to_probs, sample, top_k_top_p_filtering
+from autoregressive.models.guidance import (
+    guidance_scales,
+    guided_logits,
+    null_rows_needed,
+    uses_guidance,
+    with_null_condition,
+)
+from autoregressive.models.sampling import (
+    Generators,
+    logits_to_probs,
+    sample,
+    temperatures,
+    top_k_top_p_filtering,
+)
 
 OnToken = Callable[[int], None]
 
@@ -28,16 +39,18 @@ def prefill(
     input_pos: Tensor,
     cfg_scale: float,
     *,
+    with_null: bool | None = None,
     cache: DecodeCache | None = None,
     **sampling_kwargs: Any,
 ) -> Tensor:
     """Draw the first token: int64 (B, 1).
 
     `cond_idx` is the condition, with guidance [condition; null condition] (2B, ...); `input_pos` are its
-    positions. Without `cache` the model uses those of `setup_caches`.
+    positions. `with_null` says that the null half is there although this token is not guided (a later one
+    is); default: it is if `cfg_scale` guides. Without `cache` the model uses those of `setup_caches`.
     """
     logits, _ = model(None, cond_idx, input_pos, cache=cache, last_only=True)
-    if uses_guidance(cfg_scale):
+    if uses_guidance(cfg_scale) or with_null:
         logits = guided_logits(logits, cfg_scale)
     return sample(logits, **sampling_kwargs)[0]
 
@@ -49,16 +62,19 @@ def decode_one_token(
     cfg_scale: float,
     cfg_flag: bool,
     *,
+    with_null: bool | None = None,
     cache: DecodeCache | None = None,
     **sampling_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Feed tokens `x` (B, 1) at `input_pos` (1,) and draw the next: int64 (B, 1), and probabilities (B, V).
 
-    Guided if `cfg_scale` asks for it and `cfg_flag` is True.
+    Guided if `cfg_scale` asks for it and `cfg_flag` is True. `with_null` computes the null half although this
+    token is not guided, as a later one needs its keys and values; default: computed if it is used.
     """
-    if uses_guidance(cfg_scale) and cfg_flag:
+    guided = uses_guidance(cfg_scale) and cfg_flag
+    if guided or with_null:
         logits, _ = model(torch.cat([x, x]), None, input_pos, cache=cache)
-        logits = guided_logits(logits, cfg_scale)
+        logits = guided_logits(logits, cfg_scale if guided else 1.0)
     else:
         logits, _ = model(x, None, input_pos, cache=cache)
     return sample(logits, **sampling_kwargs)
@@ -72,20 +88,42 @@ def decode_n_tokens(
     cfg_scale: float,
     cfg_interval: float,
     *,
+    scales: Sequence[float] | None = None,
+    heat: Sequence[float] | None = None,
+    given: Tensor | None = None,
     cache: DecodeCache | None = None,
     on_token: OnToken | None = None,
     **sampling_kwargs: Any,
 ) -> Tensor:
-    """Draw the tokens after `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, new tokens)."""
+    """Draw the tokens after `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, new tokens).
+
+    `scales` and `heat` are the guidance scale and the temperature of each new token; default: `cfg_scale` and
+    `cfg_interval`, and the temperature of `sampling_kwargs`. `given` (B, new tokens) are tokens that are put
+    in place of the drawn ones, -1 where none is.
+    """
+    if scales is None:
+        scales = guidance_scales(num_new_tokens + 1, cfg_scale, cfg_interval)[1:]
+    null_steps = null_rows_needed(scales)
     tokens = cur_token.new_empty(cur_token.shape[0], num_new_tokens)
     for step in range(num_new_tokens):
-        guided = guided_at(step, cfg_interval)
-        cur_token, _ = decode_one_token(model, cur_token, input_pos, cfg_scale, guided, cache=cache, **sampling_kwargs)
+        if heat is not None:
+            sampling_kwargs["temperature"] = heat[step]
+        with_null = step < null_steps
+        cur_token, _ = decode_one_token(
+            model, cur_token, input_pos, scales[step], with_null, with_null=with_null, cache=cache, **sampling_kwargs
+        )
+        if given is not None:
+            cur_token = _put_in(given[:, step : step + 1], cur_token)
         tokens[:, step : step + 1] = cur_token
         input_pos = input_pos + 1
         if on_token is not None:
             on_token(step + 1)
     return tokens
+
+
+def _put_in(given: Tensor, drawn: Tensor) -> Tensor:
+    """`given` (B, 1), and `drawn` (B, 1) where it is -1."""
+    return torch.where(given < 0, drawn, given.to(drawn.dtype))
 
 
 @torch.no_grad()
@@ -97,6 +135,13 @@ def generate(
     cfg_scale: float = 1.0,
     cfg_interval: float = -1,
     *,
+    cfg_schedule: str = "constant",
+    cfg_power: float = 1.0,
+    cfg_start: int = 0,
+    temperature: float = 1.0,
+    temperature_end: float | None = None,
+    temperature_schedule: str = "linear",
+    given: Tensor | None = None,
     generators: Generators | None = None,
     on_token: OnToken | None = None,
     **sampling_kwargs: Any,
@@ -110,18 +155,29 @@ def generate(
         emb_masks: for captions (B, T), 1 on text and 0 on padding; default all text.
         cfg_scale: guidance scale; guidance is on above 1 and doubles the rows computed.
         cfg_interval: the last guided decode step, -1 for all. The first token is always guided.
+        cfg_schedule, cfg_power, cfg_start: how the scale grows over the image, and the first guided token: see
+            `guidance.guidance_scales`.
+        temperature, temperature_end, temperature_schedule: from the first to the last of the image's tokens
+            (`sampling.temperatures`); `temperature_end` None keeps `temperature` throughout.
+        given: tokens that are put in place of the drawn ones, (B, max_new_tokens), -1 where none is. Later
+            tokens see them. They take nothing from the randomness of the others.
         generators: one random generator per image; image i then depends on generators[i], not on the batch.
             Default: the global generator, one `torch.multinomial` over the batch per token.
         on_token: called after each token with its index, for a progress bar.
-        sampling_kwargs: temperature, top_k, top_p, sample_logits of `sampling.sample`.
+        sampling_kwargs: top_k, top_p, min_p, sample_logits of `sampling.sample`.
 
     The model computes in evaluation mode and is left as it was. ValueError for arguments that do not fit it.
     """
     _check(model, cond, max_new_tokens, emb_masks)
+    _check_given(given, cond.shape[0], max_new_tokens, model.vocab_size)
     batch, prefix, decoded = cond.shape[0], model.cls_token_num, max_new_tokens - 1
+    scales = guidance_scales(model.block_size, cfg_scale, cfg_interval, cfg_schedule, cfg_power, cfg_start)
+    scales = scales[:max_new_tokens]
+    heat = temperatures(model.block_size, temperature, temperature_end, temperature_schedule)
     if model.model_type == "t2i":
         cond = cond[:, :prefix].to(model.tok_embeddings.weight.dtype)
-    if uses_guidance(cfg_scale):
+    with_null = null_rows_needed(scales) > 0
+    if with_null:
         cond = with_null_condition(model, cond)
     cache = _new_cache(model, cond, decoded, emb_masks)
     options = {"cache": cache, "generators": generators, **sampling_kwargs}
@@ -129,14 +185,26 @@ def generate(
 
     tokens = torch.empty(batch, max_new_tokens, dtype=torch.int32, device=cond.device)
     with _evaluating(model):
-        first = prefill(model, cond, positions[:prefix], cfg_scale, **options)
+        first = prefill(model, cond, positions[:prefix], scales[0], with_null=with_null, temperature=heat[0], **options)
+        if given is not None:
+            first, options["given"] = _put_in(given[:, :1], first), given[:, 1:]
         tokens[:, :1] = first
         if on_token is not None:
             on_token(0)
-        tokens[:, 1:] = decode_n_tokens(
-            model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, on_token=on_token, **options
-        )
+        options.update(scales=scales[1:], heat=heat[1:], on_token=on_token)
+        tokens[:, 1:] = decode_n_tokens(model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options)
     return tokens
+
+
+def _check_given(given: Tensor | None, batch: int, count: int, vocab_size: int) -> None:
+    if given is None:
+        return
+    if given.shape != (batch, count) or given.is_floating_point():
+        raise ValueError(f"expected given tokens, integers ({batch}, {count}); got {given.dtype} {tuple(given.shape)}")
+    if int(given.min()) < -1 or int(given.max()) >= vocab_size:
+        raise ValueError(
+            f"given tokens are -1 (none) to {vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
+        )
 
 
 def _check(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None) -> None:

@@ -1,11 +1,18 @@
-"""From logits to a token: temperature, top-k, top-p, draw."""
+"""From logits to a token: temperature, top-k, top-p, min-p, draw.
+
+Top-k: Fan et al. 2018 (arXiv:1805.04833). Top-p: Holtzman et al. 2020 (arXiv:1904.09751). Min-p: Nguyen et al.
+2024 (arXiv:2407.01082).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from autoregressive.models.schedules import values
 
 Generators = Sequence[torch.Generator]
 
@@ -36,9 +43,34 @@ def top_k_top_p_filtering(
     return logits
 
 
-def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
-    """Probabilities (..., V) after temperature (at least 1e-5) and filtering."""
-    return top_k_top_p_filtering(logits / max(temperature, 1e-5), top_k=top_k, top_p=top_p).softmax(dim=-1)
+def min_p_filtering(logits: Tensor, min_p: float, filter_value: float = -float("inf")) -> Tensor:
+    """A copy of `logits` (..., V) in which tokens less likely than `min_p` times the likeliest are `filter_value`.
+
+    0 keeps everything, 1 the likeliest alone (and its equals). ValueError outside 0 to 1.
+    """
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p is a share of the likeliest token's probability, 0 to 1, not {min_p}")
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), filter_value)
+
+
+def temperatures(
+    count: int, start: float, end: float | None, schedule: str = "linear", power: float = 1.0
+) -> list[float]:
+    """The temperature of each of the `count` tokens of an image: `start` at the first, `end` at the last.
+
+    `end` None is `start` throughout.
+    """
+    return values(count, start, start if end is None else end, schedule, power)
+
+
+def logits_to_probs(
+    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0.0
+) -> Tensor:
+    """Probabilities (..., V) after temperature (at least 1e-5) and filtering by top-k, top-p, min-p in this order."""
+    kept = top_k_top_p_filtering(logits / max(temperature, 1e-5), top_k=top_k, top_p=top_p)
+    return min_p_filtering(kept, min_p).softmax(dim=-1)
 
 
 def draw(probs: Tensor, generators: Generators | None = None) -> Tensor:
@@ -64,10 +96,11 @@ def sample(
     top_p: float = 1.0,
     sample_logits: bool = True,
     generators: Generators | None = None,
+    min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw from the last position of `logits` (B, S, V), or take its best token if not `sample_logits`.
 
     Returns tokens int64 (B, 1) and the probabilities (B, V) they were drawn from.
     """
-    probs = logits_to_probs(logits[:, -1], temperature, top_p, top_k)
+    probs = logits_to_probs(logits[:, -1], temperature, top_p, top_k, min_p)
     return draw(probs, generators) if sample_logits else probs.argmax(dim=-1, keepdim=True), probs

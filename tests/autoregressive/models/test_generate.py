@@ -14,7 +14,8 @@ from torch import Tensor
 from autoregressive.models import generate as generate_module
 from autoregressive.models.cache import DecodeCache
 from autoregressive.models.generate import decode_n_tokens, decode_one_token, generate, prefill
-from autoregressive.models.guidance import guided_at, guided_logits, with_null_condition
+from autoregressive.models.guidance import guidance_scales, guided_logits, with_null_condition
+from autoregressive.models.schedules import SCHEDULES
 from autoregressive.models.text_condition import text_attention_mask
 from tests import golden
 from tests.autoregressive.models.test_gpt import formula_captions
@@ -164,25 +165,18 @@ def test_building_blocks_on_the_models_own_caches_give_the_published_tokens(guid
     assert torch.cat([first, rest], dim=1).tolist() == expected
 
 
-def full_forward_tokens(
-    model, cond: Tensor, count: int, emb_masks: Tensor | None, scale: float, interval: int
-) -> Tensor:
-    """Greedy tokens by a complete uncached forward per token: what the cache must reproduce."""
-    both = with_null_condition(model, cond) if scale > 1 else cond
+def full_forward_tokens(model, cond: Tensor, emb_masks: Tensor | None, scales: list[float]) -> Tensor:
+    """Greedy tokens by a complete uncached forward per token, one for each of `scales`: what the cache must give."""
+    both = with_null_condition(model, cond)
     tokens = torch.empty(len(cond), 0, dtype=torch.long)
-    for step in range(count):
-        idx = torch.cat([tokens, tokens]) if scale > 1 else tokens
+    for step, scale in enumerate(scales):
         positions = model.cls_token_num + step
         mask = None
         if emb_masks is not None:
-            text = emb_masks.bool().repeat(len(both) // len(cond), 1)
+            text = emb_masks.bool().repeat(2, 1)
             mask = text_attention_mask(torch.cat([text, text.new_ones(len(both), step)], dim=1))
-        logits, _ = model(idx, both, torch.arange(positions), mask=mask)
-        logits = logits[:, -1]
-        if scale > 1:
-            guided = step == 0 or guided_at(step - 1, interval)
-            logits = guided_logits(logits, scale) if guided else logits.chunk(2)[0]
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+        logits, _ = model(torch.cat([tokens, tokens]), both, torch.arange(positions), mask=mask)
+        tokens = torch.cat([tokens, guided_logits(logits[:, -1], scale).argmax(-1, keepdim=True)], dim=1)
     return tokens
 
 
@@ -195,10 +189,14 @@ def full_forward_tokens(
     prefix=st.integers(0, 5),
     scale=st.sampled_from([1.0, 1.5, 4.0]),
     interval=st.sampled_from([-1, 0, 2]),
+    schedule=st.sampled_from(SCHEDULES),
+    start=st.integers(0, 3),
     data=st.data(),
 )
 @torch.no_grad()
-def test_greedy_decoding_equals_the_full_forward(seed, batch, heads, grid, prefix, scale, interval, data):
+def test_greedy_decoding_equals_the_full_forward(
+    seed, batch, heads, grid, prefix, scale, interval, schedule, start, data
+):
     n_head, n_kv_head = heads
     shape = {"dim": 8 * n_head, "n_head": n_head, "n_kv_head": n_kv_head, "block_size": grid**2}
     if prefix:  # captions of that many positions
@@ -210,9 +208,10 @@ def test_greedy_decoding_equals_the_full_forward(seed, batch, heads, grid, prefi
         model, emb_masks = random_model(seed, **shape).double(), None
         cond = torch.randint(5, (batch,))
     count = data.draw(st.integers(1, grid**2))
-    options = {"cfg_scale": scale, "cfg_interval": interval}
+    options = {"cfg_scale": scale, "cfg_interval": interval, "cfg_schedule": schedule, "cfg_start": start}
     tokens = generate(model, cond, count, emb_masks, sample_logits=False, **options)
-    expected = full_forward_tokens(model, cond, count, emb_masks, scale, interval)
+    scales = guidance_scales(grid**2, scale, interval, schedule, start=start)[:count]
+    expected = full_forward_tokens(model, cond, emb_masks, scales)
     assert torch.equal(tokens, expected.int())
 
 
@@ -333,6 +332,42 @@ def test_generation_runs_in_evaluation_mode_without_gradients():
     expected = generate(model, torch.tensor([1, 2]), 9, sample_logits=False)
     tokens = generate(model.train(), torch.tensor([1, 2]), 9, sample_logits=False)
     assert torch.equal(tokens, expected) and not tokens.requires_grad
+
+
+def test_temperature_changes_over_the_image(monkeypatch):
+    model, seen, real = random_model(), [], generate_module.sample
+    record = lambda logits, **options: seen.append(options["temperature"]) or real(logits, **options)  # noqa: E731
+    monkeypatch.setattr(generate_module, "sample", record)
+    generate(model, torch.tensor([1]), 9, temperature=1.6, temperature_end=0.8)
+    assert seen == pytest.approx([1.6 - 0.1 * i for i in range(9)])
+    cold = generate(model, torch.tensor([1]), 9, temperature=1.0, temperature_end=0.0, generators=generators([3]))
+    warm = generate(model, torch.tensor([1]), 9, generators=generators([3]))
+    assert torch.equal(cold[:, 0], warm[:, 0]) and not torch.equal(cold, warm)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_given_tokens_are_put_in_seen_by_later_ones_and_cost_no_randomness(scale):
+    model, labels, options = random_model(), torch.tensor([1, 3]), {"cfg_scale": scale}
+    free = generate(model, labels, 9, generators=generators([5, 6]), **options)
+    none = torch.full((2, 9), -1)
+    assert torch.equal(generate(model, labels, 9, given=none, generators=generators([5, 6]), **options), free)
+    assert torch.equal(generate(model, labels, 9, given=free, generators=generators([7, 8]), **options), free)
+    half = none.clone()
+    half[:, ::2] = free[:, ::2].long()  # the drawn ones see what they saw before and draw the same
+    assert torch.equal(generate(model, labels, 9, given=half, generators=generators([5, 6]), **options), free)
+    other = none.clone()
+    other[0, 4] = (free[0, 4].long() + 1) % 50
+    changed = generate(model, labels, 9, given=other, generators=generators([5, 6]), **options)
+    assert torch.equal(changed[1], free[1]) and torch.equal(changed[0, :4], free[0, :4])
+    assert changed[0, 4] == other[0, 4] and not torch.equal(changed[0, 5:], free[0, 5:])
+
+
+def test_given_tokens_that_do_not_fit_are_refused():
+    model, label = random_model(), torch.tensor([1])
+    for wrong, message in [(torch.zeros(1, 8), "integers"), (torch.zeros(1, 8, dtype=torch.long), r"\(1, 9\)"),
+                           (torch.full((1, 9), 50), "to 49"), (torch.full((1, 9), -2), "got -2")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            generate(model, label, 9, given=wrong)
 
 
 def test_one_token_and_any_number_up_to_the_block_size():

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.models.sampling import draw, logits_to_probs, sample, top_k_top_p_filtering
+from autoregressive.models.sampling import (
+    draw,
+    logits_to_probs,
+    min_p_filtering,
+    sample,
+    temperatures,
+    top_k_top_p_filtering,
+)
 from tests import golden
 
 
@@ -94,3 +101,21 @@ def test_draws_follow_the_probabilities():
 def test_draw_refuses_a_wrong_number_of_generators():
     with pytest.raises(ValueError, match="got 2 for 1 images"):
         draw(torch.ones(1, 3), [torch.Generator(), torch.Generator()])
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]]).log()
+    kept = lambda min_p: min_p_filtering(logits, min_p).isfinite().sum(-1).tolist()  # noqa: E731
+    assert [kept(p) for p in (0.0, 0.2, 0.3, 0.6, 1.0)] == [[4, 4], [4, 4], [2, 4], [1, 4], [1, 4]]
+    assert logits.isfinite().all()
+    probs = logits_to_probs(logits, min_p=0.3)
+    torch.testing.assert_close(probs[0], torch.tensor([2 / 3, 1 / 3, 0, 0]))
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="0 to 1"):
+            min_p_filtering(logits, wrong)
+
+
+def test_temperatures_of_each_token():
+    assert temperatures(3, 0.9, None) == [0.9, 0.9, 0.9]
+    assert temperatures(3, 1.5, 0.5) == [1.5, 1.0, 0.5]
+    assert temperatures(3, 1.5, 0.5, "constant") == [0.5, 0.5, 0.5]
