@@ -67,6 +67,18 @@ def add_run_args(parser: argparse.ArgumentParser, results_dir: str) -> None:
     )
 
 
+def add_wandb_args(parser: argparse.ArgumentParser, project: str | None = None) -> None:
+    """Weights & Biases beside TensorBoard; without the package a run goes on without it."""
+    group = parser.add_argument_group("Weights & Biases")
+    group.add_argument("--wandb-project", default=project, help="log the run to this project too")
+    group.add_argument("--no-wandb", action="store_true", help="do not")
+
+
+def wandb_project(args: argparse.Namespace) -> str | None:
+    """The project to log to; None when none is wanted, or the command has no such flags."""
+    return None if getattr(args, "no_wandb", False) else getattr(args, "wandb_project", None)
+
+
 def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batch_size: int) -> None:
     """Batch, length, optimizer, schedule and precision of a training run."""
     group = parser.add_argument_group("training")

@@ -6,8 +6,10 @@ import json
 import logging
 import sys
 import types
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -50,15 +52,17 @@ class Metrics:
     """Named numbers over steps, for people (TensorBoard, in `folder`/tensorboard) and programs (metrics.jsonl).
 
     `from_step`: entries of later steps, left by a run that died after its last checkpoint, are dropped first.
+    `wandb_project`: a project of Weights & Biases that gets everything too.
     """
 
-    def __init__(self, folder: str | Path, from_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, from_step: int = 0, wandb_project: str | None = None) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self._tensorboard = None
+        self._tensorboard = self._wandb = None
         if is_main():
             kept = [entry for entry in read_metrics(self.path) if entry["step"] <= from_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             self._tensorboard = _summary_writer(Path(folder) / "tensorboard", from_step)
+            self._wandb = open_wandb(Path(folder), wandb_project)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line and one TensorBoard point per value; only rank 0 writes."""
@@ -69,6 +73,8 @@ class Metrics:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(_wandb_names(values), step=step)
 
     def write_pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
         """Write each set of images (N, 3, H, W) in [-1, 1] as pictures/{step:07d}-{name}.png and to TensorBoard.
@@ -82,11 +88,15 @@ class Metrics:
             save_png(grid, self.path.parent / "pictures" / f"{step:07d}-{name}.png")
             if self._tensorboard is not None:
                 self._tensorboard.add_image(name, np.asarray(grid), step, dataformats="HWC")
+            if self._wandb is not None:
+                self._wandb.log({name: sys.modules["wandb"].Image(grid)}, step=step)
 
     def close(self) -> None:
-        """Flush TensorBoard's file."""
+        """Write out what TensorBoard and Weights & Biases still hold back."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _summary_writer(folder: Path, from_step: int):
@@ -97,6 +107,30 @@ def _summary_writer(folder: Path, from_step: int):
     except ImportError:  # TensorBoard is a convenience; metrics.jsonl has everything
         return None
     return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+
+def open_wandb(folder: Path, project: str | None) -> Any:
+    """The run of `folder` in a project of Weights & Biases, the same one after a restart; None without a project.
+
+    A missing package, login or connection costs the run nothing: one line in the log says so.
+    """
+    if project is None:
+        return None
+    note = folder / "wandb_id.txt"
+    if not note.is_file():
+        note.write_text(uuid.uuid4().hex[:12])
+    try:
+        import wandb
+
+        return wandb.init(project=project, name=folder.name, id=note.read_text(), dir=str(folder), resume="allow")
+    except Exception as error:  # whatever it is, training matters more
+        logging.getLogger("llamagen").info(f"Weights & Biases is not used ({error}); metrics.jsonl has everything")
+        return None
+
+
+def _wandb_names(values: Mapping[str, float]) -> dict[str, float]:
+    """The established name of the loss; the others as they are."""
+    return {"train_loss" if name == "loss" else name: value for name, value in values.items()}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

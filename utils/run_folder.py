@@ -35,6 +35,8 @@ _FREE_FLAGS = {
     "results_dir",
     "cloud_save_path",
     "no_local_save",
+    "wandb_project",
+    "no_wandb",
 }
 
 

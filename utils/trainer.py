@@ -8,6 +8,7 @@ order is a function of (seed, n): a run that was stopped and continued is bit-eq
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import signal
@@ -23,12 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.distributed import any_rank, barrier, get_rank, is_main, mean_over_ranks
+from utils.args import wandb_project
+from utils.distributed import any_rank, barrier, get_rank, get_world_size, is_main, mean_over_ranks
 from utils.errors import Interrupted
 from utils.logger import Metrics
 from utils.progress import progress
 from utils.run_folder import RunFolder, mark_finished
 from utils.seeding import seed_step
+from utils.summary import draw_summary
+from utils.throughput import StepCost, log_line, speed_of
 
 Step = Callable[[Sequence[Any], int], Mapping[str, Tensor]]
 
@@ -44,6 +48,7 @@ class TrainSettings:
     keep_last: int = 0
     seed: int = 0
     accumulation: int = 1
+    wandb_project: str | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, batches_per_epoch: int) -> TrainSettings:
@@ -56,6 +61,7 @@ class TrainSettings:
             keep_last=args.keep_last,
             seed=args.global_seed,
             accumulation=args.gradient_accumulation_steps,
+            wandb_project=wandb_project(args),
         )
 
 
@@ -70,6 +76,7 @@ class Trainer:
         validate: returns named numbers; called every `val_every` steps and at the end, on every rank.
         pictures: returns named images (N, 3, H, W) in [-1, 1]; called with each validation, on every rank. Those of
             rank 0 are written to pictures/ in the run's folder, eight in a row.
+        cost: what a step costs, for tokens per second and MFU.
     """
 
     run: RunFolder
@@ -82,6 +89,7 @@ class Trainer:
     extra: Mapping[str, Any]
     validate: Callable[[], Mapping[str, float]] | None = None
     pictures: Callable[[], Mapping[str, Tensor]] | None = None
+    cost: StepCost | None = None
     steps_done: int = 0
 
     def fit(self) -> None:
@@ -91,7 +99,8 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
             ValueError: when the loss is no longer a finite number; nothing is saved then.
         """
-        window, metrics = _Window(self.device), Metrics(self.run.path, self.steps_done)
+        window = _Window(self.device)
+        metrics = Metrics(self.run.path, self.steps_done, self.settings.wandb_project)
         with _StopRequest() as stop, self._bar() as bar:
             for number, batches in self._numbered_batches():
                 seed_step(self.settings.seed, number, get_rank())
@@ -101,17 +110,20 @@ class Trainer:
                 if self._due(self.settings.log_every):
                     self._log(window, metrics, bar)
                 if self._due(self.settings.val_every, at_end=True):
-                    self._validate(metrics)
-                    self._show(metrics)
+                    with window.paused():
+                        self._validate(metrics)
+                        self._show(metrics)
                 stopping = self._should_stop(stop)
                 if stopping or self._due(self.settings.ckpt_every, at_end=True):
                     self._finite_means(window)  # never replace a good checkpoint by a broken one
-                    self.save()
+                    with window.paused():
+                        self.save()
                 if stopping:
                     self.logger.info(f"Stopped at step {number}; the same command continues from here.")
                     raise Interrupted(stop.signum or signal.SIGTERM)
         metrics.close()
         if is_main():
+            draw_summary(self.run.path)
             mark_finished(self.run)
         barrier()
 
@@ -134,16 +146,13 @@ class Trainer:
         return any_rank(stop.signum is not None, self.device)
 
     def _log(self, window: _Window, metrics: Metrics, bar: tqdm) -> None:
-        means, speed = self._finite_means(window), window.steps_per_second()
+        means, steps_per_second = self._finite_means(window), window.steps_per_second()
         window.reset()
-        loss = next(iter(means.values()))
-        remaining = (self.settings.total_steps - self.steps_done) / speed
-        self.logger.info(
-            f"(step={self.steps_done:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {speed:.2f}, "
-            f"ETA: {tqdm.format_interval(remaining)}"
-        )
-        metrics.write(self.steps_done, {**means, "steps_per_second": speed})
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        speed = speed_of(self.cost, steps_per_second, self.device, get_world_size())
+        remaining = (self.settings.total_steps - self.steps_done) / steps_per_second
+        self.logger.info(log_line(self.steps_done, means, speed, remaining))
+        metrics.write(self.steps_done, {**means, **speed})
+        bar.set_postfix(loss=f"{next(iter(means.values())):.4f}", refresh=False)
 
     def _finite_means(self, window: _Window) -> dict[str, float]:
         means = window.means()
@@ -235,8 +244,15 @@ class _Window:
         means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
         return dict(zip(self.values, mean_over_ranks(means).tolist()))
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training: its time does not count."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
     def steps_per_second(self) -> float:
-        """Speed since the window was opened."""
+        """Speed of training since the window was opened."""
         return self.count / max(time.perf_counter() - self.started, 1e-9)
 
 

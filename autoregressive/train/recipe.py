@@ -20,12 +20,14 @@ from dataset.sampler import training_loader
 from utils.args import apply_threads
 from utils.distributed import data_parallel, process_group
 from utils.ema import requires_grad, update_ema
+from utils.flops import training_flops_per_image
 from utils.logger import create_logger
 from utils.optim import Optimizers, adamw, decay_groups, muon_and_adamw
 from utils.precision import allow_tf32, autocast, grad_scaler
 from utils.run_folder import RunFolder, open_run
 from utils.schedule import lr_factor
 from utils.seeding import seed_step
+from utils.throughput import StepCost
 from utils.trainer import Trainer, TrainSettings
 
 _CHECKED = 256  # files that are read once before the training begins
@@ -73,9 +75,15 @@ def make_trainer(
         settings=settings,
         extra={"args": vars(args)},
         validate=_validator(args, model, device),
+        cost=step_cost(model, args.global_batch_size),
     )
     sampler.start = trainer.resume(args.gpt_ckpt, describe_weights)
     return trainer
+
+
+def step_cost(model: Transformer, images: int) -> StepCost:
+    """What one step over a global batch of `images` costs."""
+    return StepCost(images * model.block_size, images * training_flops_per_image(model.config))
 
 
 def dropout_fields(args: argparse.Namespace) -> dict[str, float]:

@@ -22,7 +22,7 @@ import torch
 
 from autoregressive.build import add_gpt_args
 from autoregressive.train.recipe import train
-from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
+from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, add_wandb_args, make_parser
 from utils.errors import run
 from utils.optim import adamw, decay_groups
 
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     dropout.add_argument("--class-dropout-prob", type=float, default=0.1, help="labels replaced by the null class")
     add_optimizer_args(flags, epochs=300, global_batch_size=256)
     add_run_args(flags, "results")
+    add_wandb_args(flags)
     add_runtime_args(flags)
     add_seed_arg(flags)
     return flags

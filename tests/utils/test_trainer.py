@@ -1,6 +1,7 @@
 """The training loop on a toy problem: exact resume, signals, broken losses, checkpoints, metrics."""
 
 import os
+import re
 import signal
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch.utils.data import TensorDataset
 
 from dataset.sampler import training_loader
 from utils import checkpoint
+from utils import trainer as trainer_module
 from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import Interrupted
 from utils.logger import create_logger, read_metrics
 from utils.optim import Optimizers, adamw, decay_groups
 from utils.run_folder import open_run
+from utils.throughput import StepCost
 from utils.trainer import Trainer, TrainSettings
 
 CPU = torch.device("cpu")
@@ -170,3 +173,25 @@ def test_pictures_are_written_with_each_validation(tmp_path):
     grid = np.asarray(Image.open(folder / "0000002-shade.png"))
     assert grid.shape == (2 * 6 + 2, 8 * 6 + 2, 3)  # rows of eight, lines of two pixels
     assert grid[3, 3].tolist() == [191] * 3 and not grid[10, 3 * 6 :].any()
+
+
+def test_the_log_line_the_metrics_and_the_summary_of_a_run(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "4", "--run-dir", str(tmp_path / "run"))
+    trainer = toy_trainer(args)
+    trainer.cost = StepCost(tokens=12, flops=1e9)
+    trainer.fit()
+    line = r"\(step=0000002\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d\d, Tokens/Sec: .*Memory: .* ETA: 00"
+    assert re.search(line, (tmp_path / "run" / "log.txt").read_text())
+    entry = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert entry["tokens_per_second"] == pytest.approx(12 * entry["steps_per_second"], rel=1e-4)
+    assert (tmp_path / "run" / "summary.png").is_file()
+
+
+def test_validation_and_saving_do_not_count_as_training_time(monkeypatch):
+    clock = iter([0.0, 10.0, 110.0, 120.0])
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
+    window = trainer_module._Window(CPU)
+    window.add({"loss": torch.tensor(1.0)})
+    with window.paused():  # from 10 to 110
+        pass
+    assert window.steps_per_second() == pytest.approx(1 / 20)
