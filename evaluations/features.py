@@ -18,8 +18,7 @@ from evaluations.metrics import (
     SPLIT_SIZE,
     FeatureStatistics,
     ScoreStatistics,
-    frechet_distance,
-    frechet_distance_of_features,
+    frechet_distance_between,
 )
 from utils.distributed import gather_objects, gather_rows, get_rank, get_world_size, group_device, sum_over_ranks
 
@@ -139,9 +138,14 @@ def _shapes(result: PictureStatistics) -> dict[str, tuple[int, ...]]:
 
 
 def _sum_statistics(own: FeatureStatistics, width: int) -> FeatureStatistics:
-    zeros = torch.zeros(width, width, dtype=torch.float64, device=own.mean.device if own.count else group_device())
+    device = own.mean.device if own.count else group_device()
+    total = int(sum_over_ranks(torch.tensor(own.count, device=device)))
+    if total <= width:  # few rows are kept as they are
+        result = FeatureStatistics()
+        result.update(gather_rows(own.rows if own.count else torch.zeros(0, width, device=device)))
+        return result
+    zeros = torch.zeros(width, width, dtype=torch.float64, device=device)
     count, mean, scatter = own.moments() if own.count else (0, zeros[0], zeros)
-    total = int(sum_over_ranks(torch.tensor(count, device=mean.device)))
     common = sum_over_ranks(mean * count) / total
     shift = mean - common
     return FeatureStatistics.from_moments(total, common, sum_over_ranks(scatter + count * torch.outer(shift, shift)))
@@ -158,9 +162,6 @@ def _sum_scores(own: ScoreStatistics | None, shape: tuple[int, ...]) -> ScoreSta
 def frechet(reference: PictureStatistics, samples: PictureStatistics, which: str = "pool") -> float:
     """Squared Frechet distance between two sets of pictures in the features `which` ("pool" or "spatial").
 
-    Where a set has no more pictures than "pool" has dimensions and both sets' features were kept, they are used
-    directly, which is exact for singular covariances.
-
     Raises:
         ValueError: when the sets were seen by different networks or lack these features.
     """
@@ -169,7 +170,4 @@ def frechet(reference: PictureStatistics, samples: PictureStatistics, which: str
     first, second = getattr(reference, which), getattr(samples, which)
     if first is None or second is None:
         raise ValueError(f"{reference.label} has no {which} features")
-    few = min(first.count, second.count) <= len(first.mean)
-    if which == "pool" and few and reference.features is not None and samples.features is not None:
-        return frechet_distance_of_features(reference.features, samples.features)
-    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    return frechet_distance_between(first.gaussian(), second.gaussian())

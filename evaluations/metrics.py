@@ -7,6 +7,8 @@ tensors or plain floats, on the device of its inputs; statistics are float64 thr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,32 +16,54 @@ NEIGHBOURS = 3  # k of improved precision and recall
 SPLIT_SIZE = 5000  # rows per split of the Inception Score
 
 
+class Gaussian(NamedTuple):
+    """A normal distribution: mean (D,), and a factor (any number of rows, D) with factor^T factor = covariance."""
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
+        """From a mean (D,) and a symmetric covariance (D, D) of any floating dtype; calculations are float64."""
+        mean, covariance = torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
+        d = mean.numel()
+        if (tuple(mean.shape), tuple(covariance.shape)) != ((d,), (d, d)):
+            found = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+            raise ValueError(f"expected a mean (D,) and a covariance (D, D) with one D, found {found}")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("means and covariances must be finite, found NaN or infinity")
+        return cls(mean, _square_root(covariance))
+
+
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches, in float64.
 
-    Each batch is centred on its own mean before it is merged, so that a large common offset costs no digits.
+    Each batch is centred on its own mean before it is merged, so that a large common offset costs no digits. The
+    memory is that of D x D numbers, however many rows come. The first D rows are kept as they are while there are no
+    more: a covariance of so few rows is singular, and only the rows themselves factor it exactly.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._mean: Tensor | None = None
         self._scatter: Tensor | None = None
+        self._rows: list[Tensor] | None = []
 
     def update(self, features: Tensor) -> None:
         """Take in (N, D) features of any floating dtype."""
         _check_features(features)
         if len(features) == 0:
             return
-        features = features.detach().double()
-        mean = features.mean(dim=0)
-        centred = features - mean
-        self._merge(len(features), mean, centred.T @ centred)
+        features = features.detach()
+        mean = features.mean(dim=0, dtype=torch.float64)
+        centred = features.double() - mean
+        self._merge(len(features), mean, centred.T @ centred, [features])
 
     @classmethod
     def from_moments(cls, count: int, mean: Tensor, scatter: Tensor) -> FeatureStatistics:
         """Statistics of `count` rows from their mean (D,) and scatter (D, D): the sum of outer products about it."""
         result = cls()
-        result.count, result._mean, result._scatter = count, mean.double(), scatter.double()
+        result._merge(count, mean.double(), scatter.double(), None)
         return result
 
     def moments(self) -> tuple[int, Tensor, Tensor]:
@@ -50,17 +74,24 @@ class FeatureStatistics:
     def merge(self, other: FeatureStatistics) -> None:
         """Take in what another accumulator has seen, e.g. on another rank."""
         if other.count:
-            self._merge(other.count, other._mean, other._scatter)
+            self._merge(other.count, other._mean, other._scatter, other._rows)
 
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor, rows: list[Tensor] | None) -> None:
+        total = self.count + count
+        keep = self._rows is not None and rows is not None and total <= len(mean)
+        self._rows = [*self._rows, *rows] if keep else None
         if self.count == 0:
             self.count, self._mean, self._scatter = count, mean, scatter
             return
-        total = self.count + count
         shift = mean - self._mean
         self._mean = self._mean + shift * (count / total)
         self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.count = total
+
+    @property
+    def rows(self) -> Tensor | None:
+        """All rows (N, D) that were taken in, while N <= D; None from then on."""
+        return torch.cat(self._rows) if self._rows else None
 
     @property
     def mean(self) -> Tensor:
@@ -74,6 +105,13 @@ class FeatureStatistics:
         self._demand(2)
         return self._scatter / (self.count - 1)
 
+    def gaussian(self) -> Gaussian:
+        """The normal distribution with this mean and covariance; exact where the rows are few."""
+        self._demand(2)
+        if self._rows is None:
+            return Gaussian.of(self.mean, self.covariance)
+        return Gaussian(self._mean, (self.rows.double() - self._mean) / (self.count - 1) ** 0.5)
+
     def _demand(self, least: int) -> None:
         if self.count < least:
             raise ValueError(f"statistics need at least {least} feature rows, found {self.count}")
@@ -82,43 +120,33 @@ class FeatureStatistics:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    Takes means (D,) and symmetric covariances (D, D). The trace of (S1 S2)^(1/2) is the sum of the singular
-    values of S1^(1/2) S2^(1/2), so no general matrix square root is needed and the result is always real.
+    Takes means (D,) and symmetric covariances (D, D).
     """
-    mean1, covariance1, mean2, covariance2 = (
-        torch.as_tensor(value).double() for value in (mean1, covariance1, mean2, covariance2)
-    )
-    _check_statistics(mean1, covariance1, mean2, covariance2)
-    return _frechet(mean1, _square_root(covariance1), mean2, _square_root(covariance2))
+    return frechet_distance_between(Gaussian.of(mean1, covariance1), Gaussian.of(mean2, covariance2))
 
 
 def frechet_distance_of_features(features1: Tensor, features2: Tensor) -> float:
-    """The same distance between two feature sets (N1, D) and (N2, D).
-
-    A set with fewer rows than dimensions has a singular covariance; its centred rows are then used as the
-    factor of the covariance directly, which is exact where a square root keeps only half of the digits.
-    """
+    """The same distance between two feature sets (N1, D) and (N2, D), exact also where N <= D."""
     _check_same_width(features1, features2)
-    return _frechet(*_mean_and_factor(features1), *_mean_and_factor(features2))
-
-
-def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
-    if len(features) > features.shape[1]:
+    gaussians = []
+    for features in (features1, features2):
         statistics = FeatureStatistics()
         statistics.update(features)
-        return statistics.mean, _square_root(statistics.covariance)
-    if len(features) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 feature rows, found {len(features)}")
-    features = features.detach().double()
-    mean = features.mean(dim=0)
-    return mean, (features - mean) / (len(features) - 1) ** 0.5
+        gaussians.append(statistics.gaussian())
+    return frechet_distance_between(*gaussians)
 
 
-def _frechet(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2: Tensor) -> float:
-    """Distance from factors F (any number of rows, D) with F^T F = covariance."""
-    trace = torch.linalg.svdvals(factor1 @ factor2.T).sum()
-    distance = (mean1 - mean2).square().sum() + factor1.square().sum() + factor2.square().sum() - 2 * trace
-    return distance.item()
+def frechet_distance_between(first: Gaussian, second: Gaussian) -> float:
+    """The same distance between two Gaussians.
+
+    The trace of (S1 S2)^(1/2) is the sum of the singular values of F1 F2^T with factors F^T F = S, so no general matrix
+    square root is needed and the result is always real.
+    """
+    if len(first.mean) != len(second.mean):
+        raise ValueError(f"both Gaussians must have one width, found {len(first.mean)} and {len(second.mean)}")
+    trace = torch.linalg.svdvals(first.factor @ second.factor.T).sum()
+    spread = first.factor.square().sum() + second.factor.square().sum()
+    return ((first.mean - second.mean).square().sum() + spread - 2 * trace).item()
 
 
 def _square_root(covariance: Tensor) -> Tensor:
@@ -292,12 +320,3 @@ def _check_same_width(features1: Tensor, features2: Tensor) -> None:
         raise ValueError(
             f"both feature sets must have the same width, found {features1.shape[1]} and {features2.shape[1]}"
         )
-
-
-def _check_statistics(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> None:
-    d = mean1.numel()
-    shapes = [tuple(value.shape) for value in (mean1, covariance1, mean2, covariance2)]
-    if shapes != [(d,), (d, d), (d,), (d, d)]:
-        raise ValueError(f"expected mean (D,), covariance (D, D) twice with one D, found {shapes}")
-    if not (covariance1.isfinite().all() and covariance2.isfinite().all()):
-        raise ValueError("covariances must be finite, found NaN or infinity")

@@ -14,6 +14,7 @@ from evaluations.metrics import (
     FeatureStatistics,
     class_probabilities,
     frechet_distance,
+    frechet_distance_between,
     frechet_distance_of_features,
     inception_score,
     kernel_distance,
@@ -85,7 +86,20 @@ def test_rank_deficient_distance_is_exact():
     b[:, :2] = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])  # variance 4 along the diagonal
     want = 18 + 4 - 2 * math.sqrt(18 * 4) * math.sqrt(0.5)
     assert frechet_distance_of_features(a, b) == pytest.approx(want, rel=1e-12)
-    assert distance_of(statistics(a), statistics(b)) == pytest.approx(want, rel=1e-7)
+    assert distance_of(statistics(a), statistics(b)) == pytest.approx(want, rel=1e-7)  # half of the digits
+    got = frechet_distance_between(statistics(a[:1], a[1:]).gaussian(), statistics(b).gaussian())
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_rows_are_kept_while_they_are_few():
+    features = normal(9, 8, seed=20)
+    assert torch.equal(statistics(*features[:8].split(3)).rows, features[:8])
+    merged = statistics(features[:4])
+    merged.merge(statistics(features[4:8]))
+    assert torch.equal(merged.rows, features[:8])
+    merged.merge(statistics(features[8:]))
+    assert merged.rows is None
+    torch.testing.assert_close(merged.gaussian(), statistics(features).gaussian())
 
 
 def test_both_forms_agree_when_samples_are_few():
@@ -162,7 +176,7 @@ def test_values_must_be_finite(bad):
     features[4, 1] = bad
     with pytest.raises(ValueError, match="features must be finite"):
         precision_recall(normal(9, 3, seed=1), features)
-    with pytest.raises(ValueError, match="covariances must be finite"):
+    with pytest.raises(ValueError, match="means and covariances must be finite"):
         frechet_distance(torch.zeros(1), torch.eye(1), torch.zeros(1), torch.full((1, 1), bad))
 
 
