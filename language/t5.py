@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
+from language.embedder import TextEmbedder
 from language.text_cleaning import clean_caption
 
 DEFAULT_CACHE = Path("~/.cache/llamagen-t5")
 HUB_IDS = {name: f"google/{name}" for name in ("t5-v1_1-xxl", "t5-v1_1-xl", "flan-t5-xl")}
 
 
-class T5Embedder:
+class T5Embedder(TextEmbedder):
     """A frozen T5 encoder with its tokenizer.
 
     Args:
@@ -52,17 +51,15 @@ class T5Embedder:
         use_offload_folder: str | Path | None = None,
         model_max_length: int = 120,
     ) -> None:
-        self.device = torch.device(device)
         self.torch_dtype = torch_dtype or torch.bfloat16
         self.use_text_preprocessing = use_text_preprocessing
-        self.model_max_length = model_max_length
         cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
         source = _find_source(dir_or_name, cache, local_cache)
         offload = _offload_options(use_offload_folder)
         options = {"dtype": self.torch_dtype, **offload, **(t5_model_kwargs or {})}
         hub = {"cache_dir": str(cache), "token": hf_token, "local_files_only": local_cache}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
             model = T5EncoderModel.from_pretrained(source, **hub, **options)
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -71,30 +68,8 @@ class T5Embedder:
                 f"or put it at {cache / dir_or_name} and set local_cache"
             ) from error
         if "device_map" not in options:
-            model = model.to(self.device)
-        self.model = model.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def get_text_embeddings(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode captions.
-
-        Returns:
-            features (B, model_max_length, width) in the dtype of the encoder, and the attention mask
-            (B, model_max_length) int64: ones for the tokens of the caption, then zeros. The rows under ones
-            do not depend on `model_max_length` as long as the caption fits.
-        """
-        tokens = self.tokenizer(
-            [self.text_preprocessing(text) for text in texts],
-            max_length=self.model_max_length,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
-        features = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return features.last_hidden_state.detach(), tokens["attention_mask"]
+            model = model.to(device)
+        super().__init__(Path(dir_or_name).name, tokenizer, model, device, model_max_length)
 
     def text_preprocessing(self, text: str) -> str:
         """The text the tokenizer sees for a caption."""

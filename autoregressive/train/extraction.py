@@ -33,8 +33,8 @@ from tokenizer.nearest import full_float32
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint
 from utils.args import apply_threads, num_workers
+from utils.claim import claim
 from utils.distributed import barrier, broadcast_object, get_rank, get_world_size, is_main, process_group, read_launch
-from utils.files import read_json, write_json
 from utils.progress import progress
 
 
@@ -70,7 +70,7 @@ def extract(args: argparse.Namespace) -> None:
             "classes": list(getattr(images, "classes", [])),
         }
         if args.layout == "files":
-            _claim_folder(Path(args.code_path), settings)
+            _claim_folder(args, settings)
             folder = CodeFolder.named(args.code_path, args.dataset, args.image_size)
             job.write_files(folder.has, partial(write_codes, folder))
         else:
@@ -90,7 +90,7 @@ def extract_captions(args: argparse.Namespace) -> None:
         job = Job(args, tokenizer, NumberedImages(ListedImages(records, one_view), args.max_bad_share), device)
         settings = {"data_path": str(Path(args.data_path).resolve()), "crops": "centre", **_common_settings(args)}
         if args.layout == "files":
-            _claim_folder(Path(args.code_path), settings)
+            _claim_folder(args, settings)
             file = partial(_caption_file, args.code_path, records)
             job.write_files(lambda i: file(i).is_file(), lambda i, codes, line: write_array(file(i), codes))
         else:
@@ -277,17 +277,6 @@ def _hash_listing(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in `folder` how its codes are made, or refuse to mix them with codes that were made otherwise."""
-    record = folder / "extraction.json"
-    if record.is_file():
-        known = read_json(record)
-        changed = [name for name in settings if name != "classes" and known.get(name) != settings[name]]
-        if changed:
-            raise ValueError(
-                f"{folder} holds codes made with another {changed[0]} ({known.get(changed[0])}, now "
-                f"{settings[changed[0]]}); remove the folder or give another --code-path"
-            )
-    elif is_main():
-        write_json(record, settings)
-    barrier()
+def _claim_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Note in the folder how its codes are made, or refuse to mix them with codes that were made otherwise."""
+    claim(Path(args.code_path, "extraction.json"), settings, "codes", "--code-path", unchecked=["classes"])
