@@ -5,6 +5,13 @@
 #   nnodes=2 node_rank=0 master_addr=HOST master_port=29500 several machines: the same on each, but for node_rank
 # A launcher may set nproc_default and port_default before it calls launch.
 
+# The number of GPUs of this machine, 1 without any: what nproc_default may be set to.
+gpus() {
+  local found
+  found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" || true
+  echo "$((found > 0 ? found : 1))"
+}
+
 launch() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
   set -x

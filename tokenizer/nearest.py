@@ -42,6 +42,17 @@ def _set_cuda_precision(precision: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = precision
 
 
+@contextmanager
+def exact_arithmetic(device_type: str) -> Iterator[None]:
+    """`full_float32`, and convolutions without TF32 by algorithms that do not depend on timing.
+
+    What is encoded in here has the same codes whatever images share its batch, and on any GPU of a kind.
+    """
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with full_float32(device_type), exact:
+        yield
+
+
 def row_chunks(rows: int, columns: int) -> int:
     """How many rows of a (rows, columns) score matrix to hold at a time."""
     return max(1, min(rows, _MAX_SCORES // columns))

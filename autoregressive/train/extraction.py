@@ -29,7 +29,7 @@ from dataset.packed import SUFFIX, sha256_of
 from dataset.packing import SHARD_SIZE, PackedWriter
 from dataset.t2i import ListedImages
 from tokenizer.build import load_tokenizer
-from tokenizer.nearest import full_float32
+from tokenizer.nearest import exact_arithmetic
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint
 from utils.args import apply_threads, num_workers
@@ -242,8 +242,7 @@ def encode_crops(tokenizer: VQModel, crops: Tensor) -> Tensor:
     that share its batch, nor on the GPU.
     """
     batch, views = crops.shape[:2]
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with full_float32(crops.device.type), exact:
+    with exact_arithmetic(crops.device.type):
         _, _, (_, _, indices) = tokenizer.encode(crops.flatten(0, 1).float())
     return indices.view(batch, views, -1)
 

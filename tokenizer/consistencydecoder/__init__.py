@@ -1,0 +1,1 @@
+"""OpenAI's consistency decoder, to compare with."""

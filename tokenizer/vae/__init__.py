@@ -1,0 +1,1 @@
+"""The autoencoders of Stable Diffusion, to compare with."""

@@ -1,0 +1,1 @@
+"""The originals that reconstructions are measured against."""
