@@ -20,6 +20,7 @@ def add_gpt_args(parser: argparse.ArgumentParser, gpt_type: str = "c2i", image_s
     group.add_argument("--gpt-ckpt", help="checkpoint, in any known format")
     group.add_argument("--gpt-type", choices=["c2i", "t2i"], default=gpt_type, help="condition: class or text")
     group.add_argument("--cls-token-num", type=int, default=1 if gpt_type == "c2i" else 120, help="prefix positions")
+    group.add_argument("--caption-dim", type=int, default=2048, help="length of a text token's features (t2i)")
     group.add_argument("--num-classes", type=int, default=1000, help="classes; the null class comes after them")
     group.add_argument("--image-size", type=int, default=image_size, help="edge of the images in pixels")
     group.add_argument("--downsample-size", type=int, default=16, help="pixels per code along an edge")
@@ -47,6 +48,7 @@ def build_gpt(args: argparse.Namespace, vocab_size: int, **fields: float) -> Tra
         num_classes=args.num_classes,
         cls_token_num=args.cls_token_num,
         model_type=args.gpt_type,
+        caption_dim=args.caption_dim,
         **fields,
     )
 
@@ -77,7 +79,11 @@ def describe_weights(weights: Mapping[str, Tensor]) -> str | None:
     facts = [f"--gpt-model {sizes[0]}" if sizes else f"a GPT with {layers} layers of width {dim}"]
     facts.append(f"--vocab-size (in samplers --codebook-size) {vocab_size}")
     classes = weights.get("cls_embedding.embedding_table.weight")
-    facts.append("--gpt-type t2i" if classes is None else f"--gpt-type c2i --num-classes {classes.shape[0] - 1}")
+    if classes is None:
+        captions = weights.get("cls_embedding.cap_proj.fc1.weight")
+        facts.append("--gpt-type t2i" + (f" --caption-dim {captions.shape[1]}" if captions is not None else ""))
+    else:
+        facts.append(f"--gpt-type c2i --num-classes {classes.shape[0] - 1}")
     return f"it would fit {' '.join(facts)}"
 
 

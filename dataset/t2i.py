@@ -169,6 +169,9 @@ class Text2ImgDatasetCode(_CaptionedItems):
     `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. The rest
     is as in `Text2ImgDataset`. `args.vocab_size`, if there, bounds the codes.
 
+    Attributes:
+        num_tokens: T.
+
     Raises:
         FileNotFoundError: when there are no codes, or no features for one of the lists.
         ValueError: on reading, when more than `max_bad_share` of all items are unreadable.
@@ -176,7 +179,7 @@ class Text2ImgDatasetCode(_CaptionedItems):
 
     def __init__(self, args: Namespace, max_bad_share: float = 0.01) -> None:
         self.vocab_size = getattr(args, "vocab_size", None)
-        tokens = grid_tokens(args)
+        tokens = self.num_tokens = grid_tokens(args)
         if find_stores(args.code_path):
             self.codes = CaptionCodes(args.code_path, self.vocab_size)
             if self.codes.tokens != tokens:

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from utils.distributed import is_main
 
 
-def progress(total: int, unit: str, *, done: int = 0, what: str = "") -> tqdm:
-    """A bar over `total` units of which `done` are there already; rank 0 alone shows one."""
+def progress(total: int, unit: str, *, done: int = 0, what: str = "", hidden: bool = False) -> tqdm:
+    """A bar over `total` units of which `done` are there already; rank 0 alone shows one, unless `hidden`."""
     on_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -19,5 +19,5 @@ def progress(total: int, unit: str, *, done: int = 0, what: str = "") -> tqdm:
         desc=what,
         dynamic_ncols=on_terminal,
         mininterval=0.2 if on_terminal else 30,
-        disable=not is_main(),
+        disable=hidden or not is_main(),
     )

@@ -30,6 +30,7 @@ _FREE_FLAGS = {
     "device",
     "num_threads",
     "val_every",
+    "val_images",
     "gpt_ckpt",
     "vq_ckpt",
     "results_dir",

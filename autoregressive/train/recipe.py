@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from autoregressive.build import build_gpt, describe_weights, latent_grid
 from autoregressive.models.gpt import Transformer
-from autoregressive.train.validation import FirstViews, likelihood
+from autoregressive.train.validation import HeldOut, Validator
 from dataset.build import build_dataset
 from dataset.sampler import training_loader
 from utils.args import apply_threads
@@ -74,7 +74,7 @@ def make_trainer(
         stateful={"model": model, "optimizer": optimizers, "scaler": scaler} | ({"ema": ema} if ema else {}),
         settings=settings,
         extra={"args": vars(args)},
-        validate=_validator(args, model, device),
+        validate=_validator(args, model, ema, device),
         cost=step_cost(model, args.global_batch_size),
     )
     sampler.start = trainer.resume(args.gpt_ckpt, describe_weights)
@@ -99,12 +99,15 @@ def dropout_fields(args: argparse.Namespace) -> dict[str, float]:
 
 
 def code_dataset(args: argparse.Namespace, code_path: str) -> Dataset:
-    """Codes and labels under `code_path`; each item is checked against the vocabulary and the classes when it is read.
+    """Codes under `code_path` with labels, or for --gpt-type t2i with text features.
+
+    Each item is checked against the vocabulary and the classes when it is read.
 
     Raises:
         ValueError: when the codes are of another grid than --image-size and --downsample-size say.
     """
-    codes = build_dataset(argparse.Namespace(**{**vars(args), "code_path": code_path}))
+    name = "t2i_code" if args.gpt_type == "t2i" else args.dataset
+    codes = build_dataset(argparse.Namespace(**{**vars(args), "code_path": code_path, "dataset": name}))
     grid = latent_grid(args)
     if codes.num_tokens != grid**2:
         raise ValueError(
@@ -167,8 +170,10 @@ class TrainStep:
         return loss.detach()
 
 
-def _validator(args: argparse.Namespace, model: Transformer, device: torch.device):
+def _validator(
+    args: argparse.Namespace, model: Transformer, ema: Transformer | None, device: torch.device
+) -> Validator | None:
     if not args.val_code_path:
         return None
-    loader = DataLoader(FirstViews(code_dataset(args, args.val_code_path)), batch_size=64)
-    return lambda: likelihood(model, loader, device, args.mixed_precision)
+    held_out = HeldOut(code_dataset(args, args.val_code_path), args.val_images)
+    return Validator(held_out, model, ema, device, args.mixed_precision)

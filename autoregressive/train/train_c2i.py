@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     data = flags.add_argument_group("data")
     data.add_argument("--code-path", required=True, help="folder that extract_codes_c2i.py wrote")
     data.add_argument("--val-code-path", help="codes of held-out images: report their likelihood")
+    data.add_argument("--val-images", type=int, help="of these so many, spread evenly; default: all")
     data.add_argument("--dataset", default="imagenet_code", help="how the codes are stored")
     data.add_argument("--vocab-size", type=int, default=16384, help="codes in the tokenizer's codebook")
     add_gpt_args(flags)
