@@ -6,18 +6,21 @@ others are drawn beside it; then it does not matter which process draws it, in w
 
 from __future__ import annotations
 
+import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.distributed import barrier, broadcast_object, get_rank, get_world_size, is_main
+from utils.batches import in_batches
+from utils.distributed import barrier, broadcast_object, get_world_size, group_store, is_main
 from utils.files import atomic_path, read_json, write_json
 from utils.image import save_png
 from utils.progress import progress
@@ -50,18 +53,20 @@ def render(
 
     Pictures that are there already are kept. Each PNG holds its notes as text. ``{folder}.json`` records `settings`.
     The npz has one array ``arr_0``, uint8 (count, H, W, 3), in the order of the numbers, or in a random order made of
-    `order_seed` (the Inception Score is a mean over consecutive splits). Every process calls this; all return when
-    everything is written. Returns the folder.
+    `order_seed` (the Inception Score is a mean over consecutive splits). Every process calls this; each takes the next
+    batch when it has finished one, so none idles while there is work. All return when everything is written. Where the
+    memory does not suffice for a batch, it is halved. Returns the folder.
 
     Raises:
-        ValueError: when the folder holds pictures of other settings.
+        ValueError: when the folder holds pictures of other settings, or the memory does not suffice for one picture.
     """
     folder = Path(folder)
     missing = _claim(folder, count, settings)
-    share = missing[get_rank() :: get_world_size()]
-    with progress(len(missing), "image", what=folder.name) as bar, ThreadPoolExecutor(_WRITERS) as writers:
+    bar = progress(count, "image", done=count - len(missing), what=folder.name)
+    queue, batches = SharedQueue(), split_evenly(missing, batch_size, get_world_size())
+    with bar, ThreadPoolExecutor(_WRITERS) as writers:
         pending: list[Future] = []
-        for indices, drawn in _drawn(draw, share, batch_size):
+        for indices, drawn in in_batches(draw, queue.take(batches)):
             for future in pending:
                 future.result()  # a full disk ends the work here
             pictures = drawn.pictures.cpu().numpy()
@@ -69,10 +74,10 @@ def render(
                 writers.submit(save_png, picture, picture_path(folder, index), note)
                 for index, picture, note in zip(indices, pictures, drawn.notes, strict=True)
             ]
-            bar.update(min(len(indices) * get_world_size(), bar.total - bar.n))
+            bar.update(queue.finish(len(indices)))
         for future in pending:
             future.result()
-    barrier()
+        queue.wait(bar.update)
     if npz and is_main():
         write_npz(folder, count, order_seed)
     barrier()
@@ -96,8 +101,11 @@ def _claim(folder: Path, count: int, settings: Mapping[str, Any]) -> list[int]:
         problem = _other_settings(folder, settings)
         if problem is None:
             folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left_over.unlink()
             write_json(beside(folder, ".json"), dict(settings))
-            missing = [i for i in range(count) if not picture_path(folder, i).is_file()]
+            there = {entry.name for entry in os.scandir(folder)}
+            missing = [i for i in range(count) if picture_path(folder, i).name not in there]
     problem, missing = broadcast_object((problem, missing))
     if problem:
         raise ValueError(problem)
@@ -120,24 +128,53 @@ def _other_settings(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _drawn(draw: Draw, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Drawn]]:
-    """Draw in batches; where the memory does not suffice, in halves from there on."""
-    first = 0
-    while first < len(indices):
-        batch = list(indices[first : first + batch_size])
-        try:
-            drawn = draw(batch)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            drawn = None
-        if drawn is None:  # outside the except block, which would keep the failed tensors alive
-            torch.cuda.empty_cache()
-            batch_size = max(1, len(batch) // 2)
-            print(f"rank {get_rank()}: out of memory, goes on with batches of {batch_size}", flush=True)
-            continue
-        yield batch, drawn
-        first += len(batch)
+def split_evenly(items: Sequence[int], batch_size: int, workers: int) -> list[Sequence[int]]:
+    """Consecutive batches of `batch_size`; what is less than a full batch for every worker is split evenly."""
+    full = len(items) // (batch_size * workers) * batch_size * workers
+    batches = [items[i : i + batch_size] for i in range(0, full, batch_size)]
+    rest = items[full:]
+    bounds = [len(rest) * i // workers for i in range(workers + 1)]
+    return batches + [rest[low:high] for low, high in pairwise(bounds) if high > low]
+
+
+class SharedQueue:
+    """Hands out work to whichever process asks next, by counters in the process group's store.
+
+    All processes make it together.
+    """
+
+    _made = 0  # so that each queue has counters of its own, under the same name on every process
+
+    def __init__(self) -> None:
+        SharedQueue._made += 1
+        self._store = group_store() if get_world_size() > 1 else None
+        self._name = f"queue{SharedQueue._made}"
+        self._counts: dict[str, int] = {}
+        self._seen = 0
+
+    def take(self, work: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Yield the pieces of `work`, the same list on every process, that fall to this one."""
+        while (number := self._add("taken", 1) - 1) < len(work):
+            yield work[number]
+
+    def finish(self, count: int) -> int:
+        """Note `count` finished items; returns how many all processes finished since this one last asked."""
+        before, self._seen = self._seen, self._add("finished", count)
+        return self._seen - before
+
+    def wait(self, report: Callable[[int], Any]) -> None:
+        """Wait until every process is here, however long the others take; `report` hears what they finish."""
+        self._add("ended", 1)
+        while self._add("ended", 0) < get_world_size():
+            time.sleep(0.2)
+            report(self.finish(0))
+        report(self.finish(0))
+
+    def _add(self, counter: str, count: int) -> int:
+        if self._store is not None:
+            return self._store.add(f"{self._name}/{counter}", count)
+        self._counts[counter] = self._counts.get(counter, 0) + count
+        return self._counts[counter]
 
 
 def write_npz(folder: str | Path, count: int, order_seed: int | None = None) -> Path:

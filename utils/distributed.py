@@ -186,6 +186,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
+def group_store() -> dist.Store:
+    """The key-value store through which the group's processes found each other; it has atomic counters."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def broadcast(tensor: Tensor) -> None:
     """Overwrite `tensor` in place with rank 0's values."""
     if get_world_size() > 1:

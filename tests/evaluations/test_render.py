@@ -1,13 +1,26 @@
 """The driver that turns numbered pictures into a folder and an npz."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from evaluations.render import Drawn, beside, picture_path, read_notes, render, write_npz
+from evaluations import render as render_module
+from evaluations.render import (
+    Drawn,
+    SharedQueue,
+    beside,
+    picture_path,
+    read_notes,
+    render,
+    split_evenly,
+    write_npz,
+)
 
 SETTINGS = {"what": "squares"}
 
@@ -66,8 +79,8 @@ def test_out_of_memory_halves_the_batch(tmp_path, capsys):
     painter = Painter(limit=2)
     render(painter, 7, tmp_path / "a", batch_size=7, settings=SETTINGS)
     assert [len(batch) for batch in painter.batches] == [7, 3, 1, 1, 1, 1, 1, 1, 1]
-    assert "batches of 3" in capsys.readouterr().out
-    with pytest.raises(torch.OutOfMemoryError):
+    assert "out of memory at a batch of 7, goes on with 3" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a batch of one: too many"):
         render(Painter(limit=0), 1, tmp_path / "b", batch_size=4, settings=SETTINGS)
 
 
@@ -97,3 +110,58 @@ def test_a_broken_picture_is_named(tmp_path):
     picture_path(folder, 2).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"000002\.png"):
         write_npz(folder, 3)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    folder = render(Painter(), 2, tmp_path / "a", batch_size=2, settings=SETTINGS)
+    (folder / ".000007.png.123.abc.tmp").write_bytes(b"half")
+    render(Painter(), 3, folder, batch_size=2, settings=SETTINGS)
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(3)]
+
+
+@given(count=st.integers(0, 200), batch_size=st.integers(1, 20), workers=st.integers(1, 9))
+def test_split_evenly_gives_all_items_once_in_order_and_every_worker_as_much(count, batch_size, workers):
+    items = list(range(100, 100 + count))
+    batches = split_evenly(items, batch_size, workers)
+    assert [i for batch in batches for i in batch] == items
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    full = [len(batch) for batch in batches if len(batch) == batch_size]
+    rest = [len(batch) for batch in batches[len(batches) - len(batches) % workers :]]
+    assert len(batches) <= workers * (count // (batch_size * workers) + 1)
+    assert len(full) >= count // (batch_size * workers) * workers
+    assert not rest or max(rest) - min(rest) <= 1
+
+
+def test_a_queue_gives_each_piece_to_one_process_and_a_slow_one_gets_fewer(monkeypatch):
+    """Three processes stand for threads here: they share a store, as those of a group do."""
+    store, taken = torch.distributed.HashStore(), {0: [], 1: [], 2: []}
+    monkeypatch.setattr(render_module, "get_world_size", lambda: 3)
+    monkeypatch.setattr(render_module, "group_store", lambda: store)
+    work, finished = [[i] for i in range(40)], []
+    queues = []
+    for _ in range(3):
+        monkeypatch.setattr(SharedQueue, "_made", 6)  # each process counts its own
+        queues.append(SharedQueue())
+    slow_may_go_on = threading.Event()
+
+    def process(rank):
+        for piece in queues[rank].take(work):
+            if rank == 0:
+                assert slow_may_go_on.wait(30)
+            taken[rank].extend(piece)
+            queues[rank].finish(1)
+            if len(taken[1]) + len(taken[2]) >= 39:
+                slow_may_go_on.set()
+        queues[rank].wait(finished.append if rank == 1 else lambda _: None)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
+    threads[0].start()
+    while store.add("queue7/taken", 0) == 0:  # so that the slow one has a piece
+        pass
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(taken[0] + taken[1] + taken[2]) == list(range(40))
+    assert len(taken[0]) == 1
+    assert queues[2].finish(0) >= 0 and store.add("queue7/finished", 0) == 40
