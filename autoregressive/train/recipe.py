@@ -7,6 +7,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from autoregressive.build import build_gpt, describe_weights, latent_grid
 from autoregressive.models.gpt import Transformer
-from autoregressive.train.validation import HeldOut, Validator
+from autoregressive.train.validation import HeldOut, Validator, model_inputs
 from dataset.build import build_dataset
 from dataset.sampler import training_loader
 from utils.args import apply_threads
@@ -176,4 +177,5 @@ def _validator(
     if not args.val_code_path:
         return None
     held_out = HeldOut(code_dataset(args, args.val_code_path), args.val_images)
-    return Validator(held_out, model, ema, device, args.mixed_precision)
+    inputs = partial(model_inputs, device=device)
+    return Validator(held_out, inputs, model, ema, device, args.mixed_precision)
