@@ -111,18 +111,23 @@ class _CaptionedItems(Dataset):
         dim = getattr(args, "caption_dim", 2048)
         self.features = CaptionFeatures(args.t5_feat_path, short_path, stems, dim)
         self.bad = BadItems(count, max_bad_share)
+        self.compact = getattr(args, "compact_mask", False)
 
     def __len__(self) -> int:
         return self.bad.count
 
     def _item(self, content: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         padding = max(0, self.text_tokens - len(features))
-        mask = prefix_mask(self.text_tokens + self.grid_tokens, padding)
-        return content, left_padded(features, self.text_tokens), mask, torch.tensor(1)
+        return content, left_padded(features, self.text_tokens), self._mask(padding), torch.tensor(1)
+
+    def _mask(self, padding: int) -> Tensor:
+        if self.compact:
+            return torch.arange(self.text_tokens) >= padding
+        return prefix_mask(self.text_tokens + self.grid_tokens, padding)
 
     def _invalid(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         features = torch.zeros(1, self.text_tokens, self.features.dim)
-        return content, features, prefix_mask(self.text_tokens + self.grid_tokens, 0), torch.tensor(0)
+        return content, features, self._mask(0), torch.tensor(0)
 
 
 class Text2ImgDataset(_CaptionedItems):
@@ -130,7 +135,8 @@ class Text2ImgDataset(_CaptionedItems):
 
     * image: what `transform` makes of the RGB image, (3, S, S).
     * features: float32 (1, cls_token_num, caption_dim), left padded.
-    * mask: bool (1, L, L) with L = cls_token_num + tokens of the image, see `prefix_mask`.
+    * mask: bool (1, L, L) with L = cls_token_num + tokens of the image, see `prefix_mask`; with `args.compact_mask`
+      only which of the text positions hold text, bool (cls_token_num,), from which the rest follows.
     * valid: int64 scalar, 1 or 0. Invalid items (image unreadable or smaller than `args.image_size`, features
       unreadable) are zeros with a causal mask; training leaves them out of its loss.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ if not __package__:  # started by file path: the repository root takes the place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from autoregressive.build import add_gpt_args, latent_grid, load_gpt
-from autoregressive.train.recipe import code_dataset
-from autoregressive.train.validation import BATCH_SIZE, HeldOut, Likelihood, likelihood, model_inputs
+from autoregressive.train.inputs import code_dataset
+from autoregressive.train.validation import BATCH_SIZE, HeldOut, Likelihood, likelihood
 from utils import checkpoint
 from utils.args import add_runtime_args, apply_threads, make_parser
 from utils.distributed import is_main, process_group
@@ -42,8 +41,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with process_group(args.device) as device:
         model = load_gpt(args, args.vocab_size, device)
         held_out = HeldOut(code_dataset(args, args.code_path), args.images)
-        inputs = partial(model_inputs, device=device)
-        found = likelihood(model, held_out, inputs, device, args.precision, args.batch_size, what="likelihood")
+        found = likelihood(model, held_out, device, args.precision, args.batch_size, what="likelihood")
         report = report_of(args, found)
         if is_main():
             write_json(args.output, report)

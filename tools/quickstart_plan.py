@@ -22,15 +22,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from autoregressive.build import latent_grid
-from autoregressive.train import recipe as gpt_recipe
 from autoregressive.train import train_c2i
+from autoregressive.train.step import TrainStep
 from tokenizer.tokenizer_image import recipe as vq_recipe
 from tokenizer.tokenizer_image import vq_train
 from utils.args import make_parser
 from utils.distributed import process_group
 from utils.errors import run
 from utils.files import read_json, write_json
-from utils.precision import grad_scaler
 
 _OVERHEAD = 0.15  # share of the time for everything that is not training
 _VQ_SHARE = 0.45  # of the training time
@@ -84,9 +83,7 @@ def _vq_step(args: argparse.Namespace, device: torch.device) -> Callable[[], obj
 def _gpt_step(args: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     codes = torch.randint(args.vocab_size, (args.global_batch_size, 1, latent_grid(args) ** 2))
     labels = torch.randint(args.num_classes, (args.global_batch_size, 1))
-    model = gpt_recipe.build_gpt(args, args.vocab_size).to(device)
-    optimizers, scaler = gpt_recipe.make_optimizers(model, args, device), grad_scaler(device, args.mixed_precision)
-    step = gpt_recipe.TrainStep(args, model, None, optimizers, scaler, device, total_steps=1000)
+    step = TrainStep(args, device, total_steps=1000)
     return lambda: step([(codes, labels)], number=500)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -79,7 +80,9 @@ def wandb_project(args: argparse.Namespace) -> str | None:
     return None if getattr(args, "no_wandb", False) else getattr(args, "wandb_project", None)
 
 
-def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batch_size: int) -> None:
+def add_optimizer_args(
+    parser: argparse.ArgumentParser, epochs: int, global_batch_size: int, precisions: Sequence[str] = tuple(DTYPES)
+) -> None:
     """Batch, length, optimizer, schedule and precision of a training run."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=epochs, help="passes over the data")
@@ -100,7 +103,7 @@ def add_optimizer_args(parser: argparse.ArgumentParser, epochs: int, global_batc
     group.add_argument("--beta1", type=float, default=0.9, help="AdamW")
     group.add_argument("--beta2", type=float, default=0.95, help="AdamW")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the global norm; 0 does not clip")
-    group.add_argument("--mixed-precision", choices=list(DTYPES), default="bf16", help="autocast format")
+    group.add_argument("--mixed-precision", choices=precisions, default="bf16", help="autocast format")
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

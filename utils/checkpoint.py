@@ -1,9 +1,10 @@
 """Checkpoints: one reader for every format, atomic writes, and the newest one of a folder.
 
-Read are: the dict of the DDP trainers (``model``, ``optimizer``, ``steps``, ``args``, ``ema``), the folder of the FSDP
-trainer (``consolidated.pth``), DeepSpeed (``module``), Lightning (``state_dict``), a bare state dict, safetensors and
-a Hugging Face folder (``model.safetensors``). Nothing is ever unpickled beyond tensors, plain containers and
-`argparse.Namespace`, which the established trainers put into their files.
+Read are: the dict of the DDP trainers (``model``, ``optimizer``, ``steps``, ``args``, ``ema``), the sharded folders of
+`utils/sharded_files.py`, the folder of the established FSDP trainer (``consolidated.pth``), DeepSpeed (``module``),
+Lightning (``state_dict``), a bare state dict, safetensors and a Hugging Face folder (``model.safetensors``). Nothing is
+ever unpickled beyond tensors, plain containers and `argparse.Namespace`, which the established trainers put into their
+files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from utils import sharded_files
 from utils.files import atomic_path
+from utils.sharded import like_sharded
 
 CONTAINER_KEYS = ("model", "module", "state_dict")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -34,12 +37,16 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model."""
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, parts: Collection[str] | None = None) -> dict[str, Any]:
     """Read a checkpoint file or folder onto the CPU, without running anything that it contains.
+
+    `parts` names what is wanted of a sharded folder (others are read in full): "model", "ema", "optimizer".
 
     Raises:
         CheckpointError: missing, truncated, of an unknown format, or holding objects other than plain data.
     """
+    if sharded_files.is_sharded(path):
+        return sharded_files.read(path, parts=parts)
     path = file_of(path)
     try:
         if path.suffix == ".safetensors":
@@ -118,7 +125,7 @@ def load_weights(
     Keys that start with an entry of `ignore` are left out. `suggest` may name the model that would fit; its answer is
     part of the error.
     """
-    weights = state_dict_of(read(path), path, prefer_ema)
+    weights = state_dict_of(read(path, parts=("ema", "model") if prefer_ema else ("model",)), path, prefer_ema)
     weights = {key: value for key, value in weights.items() if not key.startswith(tuple(ignore))}
     fit(model, weights, path, suggest)
 
@@ -137,7 +144,8 @@ def fit(
     own = model.state_dict()
     wrong = [k for k, v in weights.items() if k in own and v.shape != own[k].shape]
     try:
-        model.load_state_dict(dict(weights))
+        fitting = {k: like_sharded(v, own[k]) if k in own and k not in wrong else v for k, v in weights.items()}
+        model.load_state_dict(fitting)
     except RuntimeError as error:
         missing = [key for key in own if key not in weights]
         unexpected = [key for key in weights if key not in own]
@@ -159,19 +167,27 @@ def save(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 def step_of(path: str | Path) -> int:
-    """The step number in a checkpoint's name (``0005000.pt`` -> 5000); -1 if there is none."""
+    """The step number in a checkpoint's name (``0005000.pt`` -> 5000, the folder ``0005000`` too); -1 without one."""
     stem = Path(path).stem
     return int(stem) if stem.isdigit() else -1
 
 
+def all_of(folder: str | Path) -> list[Path]:
+    """The checkpoints in `folder` by their steps: files ``{step}.pt`` and folders ``{step}``."""
+    found = [path for path in Path(folder).glob("*") if step_of(path) >= 0]
+    kept = [path for path in found if path.suffix == ".pt" or (path.is_dir() and not path.suffix)]
+    return sorted(kept, key=step_of)
+
+
 def latest(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step in `folder`; None when there is none."""
-    found = [path for path in Path(folder).glob("*.pt") if step_of(path) >= 0]
-    return max(found, key=step_of, default=None)
+    return next(reversed(all_of(folder)), None)
 
 
 def prune(folder: str | Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; `keep` = 0 keeps all."""
-    found = sorted((path for path in Path(folder).glob("*.pt") if step_of(path) >= 0), key=step_of)
-    for path in found[:-keep] if keep else []:
-        path.unlink(missing_ok=True)
+    for path in all_of(folder)[:-keep] if keep else []:
+        if path.is_dir():
+            sharded_files.remove(path)
+        else:
+            path.unlink(missing_ok=True)

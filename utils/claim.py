@@ -10,9 +10,7 @@ from utils.distributed import broadcast_object, is_main
 from utils.files import read_json, write_json
 
 
-def claim(
-    record: Path, settings: Mapping[str, Any], what: str, flag: str, unchecked: Collection[str] = ()
-) -> None:
+def claim(record: Path, settings: Mapping[str, Any], what: str, flag: str, unchecked: Collection[str] = ()) -> None:
     """Write `settings` to the JSON file `record`, or compare with what it says; every process calls this.
 
     Raises:

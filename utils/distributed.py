@@ -91,7 +91,7 @@ def _start_group(launch: Launch, device: torch.device) -> None:
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host(os.environ["SLURM_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=30),

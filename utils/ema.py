@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from utils.sharded import local
+
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
     """Move every parameter of `ema_model` to decay * itself + (1 - decay) * that of `model`, in place.
 
-    Buffers are left as they are. Both models must have the same parameter names.
+    Buffers are left as they are. Both models must have the same parameter names, and be sharded alike or not at all.
     """
     source = dict(model.named_parameters())
     target = dict(ema_model.named_parameters())
     if source.keys() != target.keys():
         odd = sorted(source.keys() ^ target.keys())[0]
         raise ValueError(f"the EMA model and the model differ in their parameters, the first difference is {odd}")
-    averages = list(target.values())
+    averages = [local(parameter.detach()) for parameter in target.values()]
     torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, [source[name].detach() for name in target], alpha=1 - decay)
+    torch._foreach_add_(averages, [local(source[name].detach()) for name in target], alpha=1 - decay)
 
 
 def requires_grad(model: nn.Module, flag: bool = True) -> None:

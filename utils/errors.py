@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+
+REQUEUE = 75  # sysexits' EX_TEMPFAIL: everything is saved, the same command continues
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -21,12 +24,15 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn its outcome into an exit code.
 
+    0: done. 2: a user's mistake. 75: SIGTERM or SIGUSR1 came and the state is saved; start the same command again. 130:
+    the same after Ctrl-C.
+
     LLAMAGEN_TRACEBACK=1 shows the full traceback of a user's mistake as well.
     """
     try:
         main()
     except Interrupted as stop:
-        sys.exit(128 + stop.signum)
+        sys.exit(130 if stop.signum == signal.SIGINT else REQUEUE)
     except KeyboardInterrupt:
         sys.exit(130)
     except USER_ERRORS as error:

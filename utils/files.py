@@ -32,14 +32,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        full = _is_full_disk(error, path.parent)
+        full = is_full_disk(error, path.parent)
         temporary.unlink(missing_ok=True)
         if full:
             raise ValueError(f"no space left on the disk while writing {path}; nothing there was changed") from error
         raise
 
 
-def _is_full_disk(error: BaseException, folder: Path) -> bool:
+def is_full_disk(error: BaseException, folder: Path) -> bool:
+    """Whether a write below `folder` failed with `error` because no space is left."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer reports a full disk as a RuntimeError without an errno

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.sharded import like_sharded, whole
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -105,15 +107,27 @@ class Optimizers:
             for group, lr in zip(member.param_groups, lrs):
                 group["lr"] = lr * factor
 
-    def update(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
-        """Unscale, clip by the global norm (0 = no clipping), step, and clear the gradients. Returns the norm."""
+    def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
+        """Unscale the gradients and clip them by their global norm (0 = no clipping). Returns the norm before that."""
         for member in self.members:
             scaler.unscale_(member)
-        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else float("inf"))
+        return whole(nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else float("inf")))
+
+    def apply(self, scaler: torch.amp.GradScaler) -> None:
+        """Step with the gradients that `clip` left, and clear them."""
         for member in self.members:
             scaler.step(member)
+        self.discard(scaler)
+
+    def discard(self, scaler: torch.amp.GradScaler) -> None:
+        """Clear the gradients after `clip`; without `apply` before it, the weights stay as they are."""
         scaler.update()
         self.zero_grad()
+
+    def update(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
+        """`clip`, then `apply`. Returns the norm before clipping."""
+        norm = self.clip(scaler, max_norm)
+        self.apply(scaler)
         return norm
 
     def zero_grad(self) -> None:
@@ -136,9 +150,21 @@ class Optimizers:
             )
         for member, saved in zip(self.members, states):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in member.param_groups]
-            member.load_state_dict(saved)
+            member.load_state_dict({**saved, "state": _cut_alike(saved["state"], member)})
             for group, own in zip(member.param_groups, settings):
                 group.update(own)
+
+
+def _cut_alike(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Whole moments, cut into shards where the parameters are; numbers stay as they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        index: {
+            name: like_sharded(value, parameters[index]) if getattr(value, "ndim", 0) else value
+            for name, value in of_one.items()
+        }
+        for index, of_one in state.items()
+    }
 
 
 def muon_and_adamw(

@@ -7,11 +7,13 @@ import contextlib
 import torch
 
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FULL_PRECISION = ("none", "fp32", "tf32")  # "fp32" is the one that leaves TF32 off
+HALF_PRECISION = ("bf16", "fp16")
 
 
 def autocast(device: torch.device, name: str) -> contextlib.AbstractContextManager:
-    """Autocast to bf16 or fp16; a no-op for "none"."""
-    if name == "none":
+    """Autocast to bf16 or fp16; a no-op for the names of full precision."""
+    if name in FULL_PRECISION:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[name])
 

@@ -4,17 +4,21 @@
     args.json  log.txt  metrics.jsonl  tensorboard/
     checkpoints/{step:07d}.pt
 {cloud_save_path}/{date}/{NNN}-{model}/checkpoints/      a second copy of every checkpoint, when asked for
+
+Sharded trainings take the time for a number, {YYYYmmddHHMMSS}-{model}, and write each checkpoint once, as a folder:
+{cloud_save_path}/{run's name}/{step:07d}/, without that flag into checkpoints/ as above.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint
+from utils import checkpoint, sharded_files
 from utils.distributed import broadcast_object, is_main
 from utils.files import read_json, write_json
 
@@ -36,6 +40,14 @@ _FREE_FLAGS = {
     "results_dir",
     "cloud_save_path",
     "no_local_save",
+    "on_bad_loss",
+    "spike_threshold",
+    "data_parallel",
+    "shard_size",
+    "activation_checkpointing",
+    "consolidated",
+    "init_from",
+    "init_from_ema",
     "wandb_project",
     "no_wandb",
 }
@@ -75,7 +87,7 @@ def open_run(args: argparse.Namespace, model_name: str) -> RunFolder:
 
 
 def _choose(args: argparse.Namespace, model_name: str) -> tuple[Path, list[Path]]:
-    path = Path(args.run_dir) if args.run_dir else _unfinished_run(args, model_name) or _next_number(args, model_name)
+    path = Path(args.run_dir) if args.run_dir else _unfinished_run(args, model_name) or _new_folder(args, model_name)
     _refuse_other_settings(path, args)
     path.mkdir(parents=True, exist_ok=True)
     record = path / "args.json"
@@ -83,6 +95,7 @@ def _choose(args: argparse.Namespace, model_name: str) -> tuple[Path, list[Path]
     folders = known.get("checkpoint_folders") or [str(folder) for folder in _checkpoint_folders(path, args)]
     for folder in folders:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        sharded_files.clean(Path(folder))
     write_json(record, {"args": vars(args), "checkpoint_folders": folders, "finished": known.get("finished", False)})
     return path, [Path(folder) for folder in folders]
 
@@ -93,6 +106,8 @@ def _checkpoint_folders(path: Path, args: argparse.Namespace) -> list[Path]:
         if args.no_local_save:
             raise ValueError("--no-local-save needs --cloud-save-path: otherwise no checkpoint would be written at all")
         return local
+    if _is_sharded(args):
+        return [Path(args.cloud_save_path) / path.name]
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S")
     return [*local, Path(args.cloud_save_path) / stamp / path.name / "checkpoints"]
 
@@ -103,12 +118,19 @@ def mark_finished(run: RunFolder) -> None:
     write_json(run.path / "args.json", {**record, "finished": True})
 
 
-def _next_number(args: argparse.Namespace, model_name: str) -> Path:
+def _is_sharded(args: argparse.Namespace) -> bool:
+    return getattr(args, "data_parallel", "ddp") != "ddp"
+
+
+def _new_folder(args: argparse.Namespace, model_name: str) -> Path:
     root = Path(args.results_dir)
     root.mkdir(parents=True, exist_ok=True)
-    taken = [int(entry.name[:3]) for entry in root.iterdir() if entry.name[:3].isdigit()]
-    for number in range(max(taken, default=-1) + 1, 1000):
-        path = root / f"{number:03d}-{model_name.replace('/', '-')}"
+    taken = [int(entry.name[:3]) for entry in root.iterdir() if re.match(r"\d{3}-", entry.name)]
+    names = (f"{number:03d}" for number in range(max(taken, default=-1) + 1, 1000))
+    if _is_sharded(args):
+        names = (time.strftime("%Y%m%d%H%M%S", time.localtime(time.time() + i)) for i in range(1000))
+    for name in names:
+        path = root / f"{name}-{model_name.replace('/', '-')}"
         try:
             path.mkdir()  # fails when another run took the number meanwhile
         except FileExistsError:
@@ -137,7 +159,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _refuse_other_settings(path: Path, args: argparse.Namespace) -> None:
     record = path / "args.json"
-    if not record.is_file() or not any((path / "checkpoints").glob("*.pt")):
+    if not record.is_file() or checkpoint.latest(path / "checkpoints") is None:
         return
     old, new = read_json(record).get("args", {}), vars(args)
     changed = [name for name in _differences(old, new) if name in ("vq_model", "gpt_model", "gpt_type", "dataset")]

@@ -14,7 +14,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from utils.errors import Interrupted
 from utils.logger import Metrics
 from utils.progress import progress
 from utils.run_folder import RunFolder, mark_finished
+from utils.saving import Saver
 from utils.seeding import seed_step
 from utils.summary import draw_summary
 from utils.throughput import StepCost, log_line, speed_of
@@ -49,6 +51,8 @@ class TrainSettings:
     seed: int = 0
     accumulation: int = 1
     wandb_project: str | None = None
+    sharded: bool = False
+    consolidated: str = "always"
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, batches_per_epoch: int) -> TrainSettings:
@@ -62,6 +66,8 @@ class TrainSettings:
             seed=args.global_seed,
             accumulation=args.gradient_accumulation_steps,
             wandb_project=wandb_project(args),
+            sharded=getattr(args, "data_parallel", "ddp") != "ddp",
+            consolidated=getattr(args, "consolidated", "always"),
         )
 
 
@@ -91,12 +97,19 @@ class Trainer:
     pictures: Callable[[], Mapping[str, Tensor]] | None = None
     cost: StepCost | None = None
     steps_done: int = 0
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        chosen = self.settings
+        self.saver = Saver(
+            self.run, self.logger, self.stateful, self.extra, chosen.keep_last, chosen.sharded, chosen.consolidated
+        )
 
     def fit(self) -> None:
         """Train to the end; the last state is always saved.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, once the state is saved.
+            Interrupted: after SIGINT, SIGTERM or SIGUSR1, once the state is saved.
             ValueError: when the loss is no longer a finite number; nothing is saved then.
         """
         window = _Window(self.device)
@@ -119,8 +132,10 @@ class Trainer:
                     with window.paused():
                         self.save()
                 if stopping:
+                    self.saver.wait()
                     self.logger.info(f"Stopped at step {number}; the same command continues from here.")
                     raise Interrupted(stop.signum or signal.SIGTERM)
+        self.saver.wait()
         metrics.close()
         if is_main():
             draw_summary(self.run.path)
@@ -178,45 +193,24 @@ class Trainer:
             metrics.write_pictures(self.steps_done, self.pictures())
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; rank 0 writes, all wait."""
-        if is_main():
-            content = {name: part.state_dict() for name, part in self.stateful.items()}
-            content |= {**self.extra, "steps": self.steps_done}
-            for path in self.run.save(content, self.steps_done, self.settings.keep_last):
-                self.logger.info(f"Saved checkpoint to {path}")
-        barrier()
+        """Write a checkpoint of the present step; all processes call this."""
+        self.saver.save(self.steps_done, last=self.steps_done == self.settings.total_steps)
 
     def resume(self, given: str | None = None, suggest: checkpoint.Suggest | None = None, restart: bool = False) -> int:
         """Continue from the run's own newest checkpoint, else from the one `given`, else from scratch.
 
-        Every part that the checkpoint has is restored; parts that it lacks (released files hold weights alone) are
-        named in the log and start afresh. With `restart` (fine-tuning) the steps of a `given` checkpoint do not count.
-        `suggest` names the fitting model when the weights do not fit. Returns the number of steps done.
+        See `Saver.restore`. With `restart` (fine-tuning) the steps of a `given` checkpoint do not count. Returns the
+        number of steps done.
         """
         own = self.run.latest_checkpoint()
-        source = own or given
+        source = own or (Path(given) if given else None)
         if source is None:
             return 0
-        content = checkpoint.read(source)
-        for name, part in self.stateful.items():
-            self._restore(name, part, content, source, suggest)
+        steps = self.saver.restore(source, suggest)
         if own or not restart:
-            self.steps_done = int(content.get("steps", max(checkpoint.step_of(source), 0)))
+            self.steps_done = steps or 0
         self.logger.info(f"Resume training from checkpoint: {source}, steps={self.steps_done}")
         return self.steps_done
-
-    def _restore(self, name: str, part: Any, content: Mapping[str, Any], source: Any, suggest: Any) -> None:
-        if content.get(name) and name != "model":
-            state = content[name]
-        elif name in ("model", "ema"):
-            state = checkpoint.state_dict_of(content, source)
-        else:
-            self.logger.info(f"{source} has no {name} state: it starts afresh")
-            return
-        if isinstance(part, torch.nn.Module):
-            checkpoint.fit(part, state, source, suggest)
-        else:
-            part.load_state_dict(state)
 
 
 class _Window:
@@ -257,12 +251,12 @@ class _Window:
 
 
 class _StopRequest:
-    """Notes SIGINT and SIGTERM inside the block instead of dying; a second SIGINT does die."""
+    """Notes SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) inside the block instead of dying; a second SIGINT does."""
 
     signum: int | None = None
 
     def __enter__(self) -> _StopRequest:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def _note(self, signum: int, frame: Any) -> None:

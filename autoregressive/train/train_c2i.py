@@ -20,9 +20,9 @@ if not __package__:  # started by file path: the repository root takes the place
 
 import torch
 
-from autoregressive.build import add_gpt_args
+from autoregressive.train.arguments import add_code_args, add_training_args
 from autoregressive.train.recipe import train
-from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, add_wandb_args, make_parser
+from utils.args import make_parser
 from utils.errors import run
 from utils.optim import adamw, decay_groups
 
@@ -45,28 +45,8 @@ def creat_optimizer(
 def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
-    data = flags.add_argument_group("data")
-    data.add_argument("--code-path", required=True, help="folder that extract_codes_c2i.py wrote")
-    data.add_argument("--val-code-path", help="codes of held-out images: report their likelihood")
-    data.add_argument("--val-images", type=int, help="of these so many, spread evenly; default: all")
-    data.add_argument("--dataset", default="imagenet_code", help="how the codes are stored")
-    data.add_argument("--vocab-size", type=int, default=16384, help="codes in the tokenizer's codebook")
-    add_gpt_args(flags)
-    dropout = flags.add_argument_group("dropout")
-    dropout.add_argument("--dropout-p", type=float, default=0.1, help="residual and FFN dropout")
-    dropout.add_argument("--token-dropout-p", type=float, default=0.1, help="dropout of the embedded sequence")
-    dropout.add_argument(
-        "--drop-path-rate",
-        type=float,
-        default=0.0,
-        help="stochastic depth at the last layer; above 0 it replaces --dropout-p",
-    )
-    dropout.add_argument("--class-dropout-prob", type=float, default=0.1, help="labels replaced by the null class")
-    add_optimizer_args(flags, epochs=300, global_batch_size=256)
-    add_run_args(flags, "results")
-    add_wandb_args(flags)
-    add_runtime_args(flags)
-    add_seed_arg(flags)
+    add_code_args(flags.add_argument_group("data"), "imagenet_code", required=True)
+    add_training_args(flags, gpt_type="c2i")
     return flags
 
 

@@ -84,7 +84,7 @@ def test_training_killed_at_a_random_moment_ends_bit_equal(stage, tmp_path):
         assert all(torch.equal(whole[part][key], killed[part][key]) for key in whole[part]), part
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_polite_signal_saves_the_present_step(signum, code, tmp_path):
     flags = [
         *GPT_FLAGS,

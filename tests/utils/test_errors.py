@@ -14,7 +14,7 @@ def failing(error):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ValueError("no such class"), 2), (FileNotFoundError("x"), 2), (Interrupted(15), 143), (KeyboardInterrupt(), 130)],
+    [(ValueError("no such class"), 2), (FileNotFoundError("x"), 2), (Interrupted(15), 75), (KeyboardInterrupt(), 130)],
 )
 def test_exit_codes(error, code):
     with pytest.raises(SystemExit) as stop:

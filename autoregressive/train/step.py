@@ -1,0 +1,109 @@
+"""One optimizer step of the GPT, and everything whose state it changes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.build import build_gpt
+from autoregressive.models.gpt import Transformer
+from autoregressive.train.inputs import Inputs, make_inputs
+from autoregressive.train.parallel import gradient_sync, parallelize
+from utils.distributed import mean_over_ranks
+from utils.ema import update_ema
+from utils.guard import LossGuard
+from utils.optim import Optimizers, adamw, decay_groups, muon_and_adamw
+from utils.precision import autocast, grad_scaler
+from utils.schedule import lr_factor
+from utils.seeding import seed_step
+
+
+class TrainStep:
+    """One optimizer step over micro-batches.
+
+    `guard`, if given, may refuse a step: its losses are then not reported and nothing changes.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        total_steps: int,
+        inputs: Inputs | None = None,
+        guard: LossGuard | None = None,
+    ) -> None:
+        self.args, self.device, self.total_steps, self.guard = args, device, total_steps, guard
+        self.inputs = inputs or make_inputs(args, device)
+        seed_step(args.global_seed, 0, 0)  # equal initial weights on all ranks and in all restarts
+        make = partial(build_gpt, args, args.vocab_size, **dropout_fields(args))
+        self.model, self.wrapped, self.ema = parallelize(make, args, device)
+        self.optimizers = make_optimizers(self.model, args, device)
+        self.scaler = grad_scaler(device, args.mixed_precision)
+
+    def stateful(self) -> dict[str, Any]:
+        """What a checkpoint holds, under the established names."""
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizers, "scaler": self.scaler}
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        if self.guard is not None and self.guard.threshold:
+            parts["guard"] = self.guard
+        return parts
+
+    def __call__(self, batches: Sequence[Sequence[Tensor]], number: int) -> Mapping[str, Tensor]:
+        args = self.args
+        factor = lr_factor(number, self.total_steps, args.lr_schedule, args.warmup_steps, args.lr_floor)
+        self.optimizers.set_lr_factor(factor)
+        self.wrapped.train()
+        shares, last = self.inputs.shares(batches), len(batches) - 1
+        losses = [self._backward(batch, shares[i], last=i == last) for i, batch in enumerate(batches)]
+        loss = torch.stack(losses).sum()
+        norm = self.optimizers.clip(self.scaler, args.max_grad_norm)
+        if self.guard is not None and not self._admitted(loss, norm, number, batches):
+            self.optimizers.discard(self.scaler)
+            return {}
+        self.optimizers.apply(self.scaler)
+        if self.ema is not None:
+            update_ema(self.ema, self.model)
+        return {"loss": loss, "grad_norm": norm, "lr": torch.tensor(args.lr * factor)}
+
+    def _backward(self, batch: Sequence[Tensor], share: float, last: bool) -> Tensor:
+        arguments = self.inputs(batch)
+        with gradient_sync(self.wrapped, last):
+            with autocast(self.device, self.args.mixed_precision):
+                _, loss = self.wrapped(**arguments)
+            self.scaler.scale(loss * share).backward()
+        return loss.detach() * share
+
+    def _admitted(self, loss: Tensor, norm: Tensor, number: int, batches: Sequence[Sequence[Tensor]]) -> bool:
+        found, found_norm = mean_over_ranks(torch.stack([loss, norm.to(loss.dtype)])).tolist()
+        if self.scaler.is_enabled():
+            found_norm = 0.0  # with fp16 it overflows now and then; the scaler looks after that
+        return self.guard.admits(found, found_norm, number, batches)  # type: ignore[union-attr]
+
+
+def dropout_fields(args: argparse.Namespace) -> dict[str, float]:
+    """The `ModelArgs` fields that regularise; stochastic depth replaces residual and FFN dropout."""
+    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p
+    return {
+        "resid_dropout_p": dropout,
+        "ffn_dropout_p": dropout,
+        "drop_path_rate": args.drop_path_rate,
+        "token_dropout_p": args.token_dropout_p,
+        "class_dropout_prob": args.class_dropout_prob,
+    }
+
+
+def make_optimizers(model: Transformer, args: argparse.Namespace, device: torch.device) -> Optimizers:
+    """AdamW over all weights, or Muon over the matrices of the blocks and AdamW over the rest."""
+    betas, named = (args.beta1, args.beta2), list(model.named_parameters())
+    if args.optimizer == "adamw":
+        return Optimizers(adamw(decay_groups(named, args.weight_decay), args.lr, betas, device))
+    if args.data_parallel != "ddp":
+        raise ValueError("--optimizer muon needs whole matrices and works with --data-parallel ddp alone")
+    hidden = {id(p) for p in model.layers.parameters() if p.dim() >= 2}
+    return muon_and_adamw(named, lambda _, p: id(p) in hidden, args.lr, args.weight_decay, betas, device)

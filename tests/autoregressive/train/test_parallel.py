@@ -1,0 +1,84 @@
+"""One process, DDP and FSDP2 compute the same thing, whatever saves memory; checkpoints move between all of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoregressive.train import train_c2i, train_c2i_fsdp
+from autoregressive.train.recipe import train
+from tests.commands.shell import GPT_FLAGS
+from tests.commands.test_faults import random_codes
+from tests.processes import in_processes
+from utils import checkpoint
+from utils.logger import read_metrics
+
+NO_CHANCE = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0"]
+LENGTH = ["--lr", "1e-3", "--max-steps", "6", "--ckpt-every", "2", "--ema"]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    return random_codes(tmp_path_factory.mktemp("codes"))
+
+
+def training(command, *flags):
+    """A whole training inside this process; nothing of the answer is needed but that it ends."""
+    train(command.parser().parse_args([*map(str, [*GPT_FLAGS, *NO_CHANCE, *LENGTH, *flags])]))
+
+
+def run(command, world, codes, folder, *flags):
+    in_processes(world, training, command, "--code-path", codes, "--run-dir", folder, *flags)
+    return folder
+
+
+def losses(folder):
+    return {entry["step"]: entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")}
+
+
+def weights(folder, step=6):
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert checkpoint.step_of(newest) == step
+    content = checkpoint.read(newest)
+    return {f"{part}.{key}": value for part in ("model", "ema") for key, value in content[part].items()}
+
+
+def assert_equal_training(one, other, steps=6):
+    assert losses(one).keys() == losses(other).keys() == set(range(1, steps + 1))
+    assert list(losses(one).values()) == pytest.approx(list(losses(other).values()), abs=2e-5)
+    torch.testing.assert_close(weights(one), weights(other), atol=3e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(codes, tmp_path_factory):
+    """Six steps in one process: what all the others have to give."""
+    return run(train_c2i, 1, codes, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--gradient-accumulation-steps", "2"],
+        ["--activation-checkpointing", "full"],
+        ["--activation-checkpointing", "selective"],
+    ],
+    ids=lambda flags: "-".join(flags[-1:]) or "plain",
+)
+def test_two_ddp_processes_train_as_one(flags, alone, codes, tmp_path):
+    assert_equal_training(alone, run(train_c2i, 2, codes, tmp_path, *flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data-parallel", "fsdp"],
+        ["--data-parallel", "sdp", "--gradient-accumulation-steps", "2"],
+        ["--data-parallel", "hsdp", "--activation-checkpointing", "full"],
+        ["--data-parallel", "hsdp", "--shard-size", "1", "--activation-checkpointing", "selective"],
+    ],
+    ids=lambda flags: "-".join(flags[1::2]),
+)
+def test_fsdp_trains_as_ddp(flags, alone, codes, tmp_path):
+    other = run(train_c2i_fsdp, 2, codes, tmp_path, "--mixed-precision", "fp32", *flags)
+    assert_equal_training(alone, other)

@@ -1,0 +1,62 @@
+"""Several processes of one test: forked, so that nothing is imported again, and joined by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def in_processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns in each of `world` processes, under the variables that torchrun would set.
+
+    An error in one of them fails the test. One process is the test's own.
+    """
+    if world == 1:
+        with mock.patch.dict(os.environ):
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+            return [function(*args)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    members = [
+        context.Process(target=_member, args=(rank, world, port, pipe[1], function, args))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for member, (_, sending) in zip(members, pipes):
+        member.start()
+        sending.close()
+    results = [_receive(receiving, rank) for rank, (receiving, _) in enumerate(pipes)]
+    for member in members:
+        member.join(60)
+    failed = [text for ok, text in results if not ok]
+    assert not failed, "\n".join(failed)
+    return [value for _, value in results]
+
+
+def _receive(pipe: Any, rank: int) -> tuple[bool, Any]:
+    try:
+        return pipe.recv() if pipe.poll(300) else (False, f"process {rank} said nothing for five minutes")
+    except EOFError:
+        return False, f"process {rank} died"
+
+
+def _member(rank: int, world: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    os._exit(0)  # no clean-up of what belongs to the parent
