@@ -206,7 +206,8 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    # gradients live in the buckets that are summed, not beside them: four bytes per parameter less
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
