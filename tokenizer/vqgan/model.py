@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenizer.layers import require_multiple
 from tokenizer.vqgan.layer import Decoder, Encoder
 from tokenizer.vqgan.quantize import VectorQuantizer2 as VectorQuantizer
+from utils import checkpoint
 
 # name: (config, checkpoint), both relative to the repository root
 VQGAN_FROM_TAMING = {
@@ -78,11 +78,11 @@ class VQModel(nn.Module):
         Raises:
             ValueError: any other key is missing or too many, or the file is no such checkpoint.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "state_dict" not in checkpoint:
-            raise ValueError(f"{path} must hold a 'state_dict', but holds {sorted(checkpoint)}.")
+        content = checkpoint.read(path)
+        if "state_dict" not in content:
+            raise ValueError(f"{path} must hold a 'state_dict', but holds {sorted(content)}.")
         left_out = ("loss.", *ignore_keys)
-        weights = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(left_out)}
+        weights = {k: v for k, v in content["state_dict"].items() if not k.startswith(left_out)}
         missing, unexpected = self.load_state_dict(weights, strict=False)
         missing = [key for key in missing if not key.startswith(left_out)]
         if missing or unexpected:
