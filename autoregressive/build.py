@@ -63,9 +63,27 @@ def load_gpt(
     """
     if not args.gpt_ckpt:
         raise checkpoint.CheckpointError("--gpt-ckpt is missing: give the GPT's checkpoint")
-    model = build_gpt(args, vocab_size)
-    checkpoint.load_weights(model, args.gpt_ckpt, prefer_ema=getattr(args, "use_ema", False), suggest=describe_weights)
+    weights = checkpoint.state_dict_of(checkpoint.read(args.gpt_ckpt), args.gpt_ckpt, getattr(args, "use_ema", False))
+    table = weights.get("cls_embedding.embedding_table.weight")
+    without_null = table is not None and len(table) == args.num_classes
+    model = build_gpt(args, vocab_size, **({"class_dropout_prob": 0.0} if without_null else {}))
+    checkpoint.fit(model, weights, args.gpt_ckpt, describe_weights)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def require_null_class(model: Transformer, args: argparse.Namespace) -> None:
+    """Stop early when --cfg-scale asks for guidance and the checkpoint has no null class.
+
+    Raises:
+        ValueError: says what the checkpoint has.
+    """
+    if model.model_type != "c2i" or args.cfg_scale <= 1 or model.cls_embedding.dropout_prob > 0:
+        return
+    raise ValueError(
+        f"--cfg-scale {args.cfg_scale} needs a null class, but {args.gpt_ckpt} has {args.num_classes} class "
+        f"embeddings, as many as --num-classes: it was trained without class dropout (then draw with --cfg-scale 1), "
+        f"or it has {args.num_classes - 1} classes and a null class (then give --num-classes {args.num_classes - 1})"
+    )
 
 
 def describe_weights(weights: Mapping[str, Tensor]) -> str | None:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, extract_codes_t2i, train_c2i
 from tokenizer.tokenizer_image import vq_train
 
@@ -96,12 +96,21 @@ LINES = [
         "--downsample-size 16 "
         "--num-classes 1000 --cfg-scale 4.0 --cfg-interval -1 --seed 0 --top-k 2000 --temperature 1.0 --top-p 1.0",
     ),
+    (
+        sample_c2i_ddp,
+        "--gpt-model GPT-3B --gpt-ckpt x --gpt-type c2i --from-fsdp --cls-token-num 1 --precision bf16 --compile "
+        "--vq-model VQ-16 --vq-ckpt v --codebook-size 16384 --codebook-embed-dim 8 --image-size 384 "
+        "--image-size-eval 256 --downsample-size 16 --num-classes 1000 --cfg-scale 1.5 --cfg-interval -1 "
+        "--sample-dir samples --per-proc-batch-size 32 --num-fid-samples 50000 --global-seed 0 --top-k 0 "
+        "--temperature 1.0 --top-p 1.0",
+    ),
 ]
 REQUIRED = {
     vq_train: "--data-path d",
     extract_codes_c2i: "--data-path d --code-path c --vq-ckpt x",
     train_c2i: "--code-path c",
     sample_c2i: "",
+    sample_c2i_ddp: "",
 }
 # Defaults that a published number depends on.
 DEFAULTS = {
@@ -139,6 +148,24 @@ DEFAULTS = {
         "image_size": 384,
         "precision": "bf16",
         "images_per_class": 1,
+    },
+    sample_c2i_ddp: {
+        "cfg_scale": 1.5,
+        "cfg_interval": -1,
+        "cfg_schedule": "constant",
+        "cfg_start": 0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "temperature": 1.0,
+        "temperature_end": None,
+        "image_size": 384,
+        "precision": "bf16",
+        "sample_dir": "samples",
+        "per_proc_batch_size": 32,
+        "num_fid_samples": 50000,
+        "global_seed": 0,
+        "balanced_labels": False,
     },
 }
 

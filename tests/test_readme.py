@@ -32,6 +32,7 @@ SMALLER = {  # flags that come last win: the same command on tiny data
     "train_c2i": [*GPT_FLAGS, "--max-steps", "2"],
     "dataset/own.py": ["--size", "16"],
     "dataset/tars.py": ["--samples-per-shard", "5"],
+    "sample_c2i.sh": [*VQ_SIZE, *GPT_FLAGS[:8], "--num-fid-samples", "5", "--precision", "none"],
     "sample_c2i": [*VQ_SIZE, *GPT_FLAGS[:8], "--class-labels", "0", "2", "--precision", "none"],
 }
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoregressive.build import load_gpt, require_null_class
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling import min_p_filtering
+from autoregressive.models.schedules import SCHEDULES, share
+from tokenizer.build import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.precision import DTYPES, allow_tf32
 from utils.seeding import mix_seed
+
+OnToken = Callable[[int], None]
 
 
 def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, top_k: int = 2000) -> None:
@@ -19,12 +27,70 @@ def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, t
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale; 1 and less is no guidance")
     group.add_argument("--cfg-interval", type=float, default=-1, help="last decode step that is guided; -1: all")
+    group.add_argument("--cfg-start", type=int, default=0, help="first token that is guided")
+    group.add_argument(
+        "--cfg-schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="how guidance grows, from none at an image's first token to --cfg-scale at its last",
+    )
+    group.add_argument("--cfg-power", type=float, default=1.0, help="of power-cosine; above 1: grows later")
     group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest codes; 0: all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this mass; 1: all")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, help="drop codes less likely than this share of the likeliest; 0: none"
+    )
     group.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier codes, above 1: more variety")
+    group.add_argument(
+        "--temperature-end", type=float, help="temperature of an image's last token; the default is --temperature"
+    )
+    group.add_argument(
+        "--temperature-schedule",
+        choices=[name for name in SCHEDULES if name in ("linear", "cosine")],
+        default="linear",
+        help="the way from --temperature to --temperature-end",
+    )
     group.add_argument(
         "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="format of the GPT's weights"
     )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_sampling_args` as keywords of `generate`.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+    if args.temperature < 0 or (args.temperature_end or 0) < 0:
+        raise ValueError("a temperature is 0 (always the likeliest code) or more")
+    if args.top_k < 0 or not 0 <= args.top_p <= 1:
+        raise ValueError(f"--top-k is 0 or more and --top-p is 0 to 1, not {args.top_k} and {args.top_p}")
+    min_p_filtering(torch.zeros(1), args.min_p)
+    share(args.cfg_schedule, 0.0, args.cfg_power)
+    names = ("cfg_scale", "cfg_interval", "cfg_start", "cfg_schedule", "cfg_power", "top_k", "top_p", "min_p")
+    heat = ("temperature", "temperature_end", "temperature_schedule")
+    return {name: getattr(args, name) for name in (*names, *heat)} | {"sample_logits": True}
+
+
+def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, VQModel]:
+    """The GPT and the tokenizer of `args`, ready to draw on `device`.
+
+    Raises:
+        ValueError: settings that mean nothing, or a checkpoint that is missing or does not fit them.
+    """
+    sampling_options(args)
+    allow_tf32()
+    tokenizer = load_tokenizer(args, device)
+    gpt = load_gpt(args, tokenizer.config.codebook_size, device, DTYPES[args.precision])
+    require_null_class(gpt, args)
+    if args.compile:
+        gpt.compile()
+    return gpt, tokenizer
+
+
+def image_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    """The random generator of each image: made of its seed alone."""
+    return [torch.Generator(device).manual_seed(mix_seed(seed)) for seed in seeds]
 
 
 def sample_codes(
@@ -32,35 +98,29 @@ def sample_codes(
     labels: Tensor,
     args: argparse.Namespace,
     seeds: Sequence[int] | None,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Tensor:
     """Draw the codes of one image for each of `labels` (B,): int32 (B, N).
 
     With `seeds` every image has a generator of its own, so it does not depend on the batch it is drawn in; with None
     all draws come from torch's global generator in the established order.
     """
-    generators = None
-    if seeds is not None:
-        generators = [torch.Generator(labels.device).manual_seed(mix_seed(seed)) for seed in seeds]
-    return generate(
-        gpt,
-        labels,
-        gpt.block_size,
-        cfg_scale=args.cfg_scale,
-        cfg_interval=args.cfg_interval,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        sample_logits=True,
-        generators=generators,
-        on_token=on_token,
-    )
+    generators = None if seeds is None else image_generators(seeds, labels.device)
+    options = sampling_options(args)
+    return generate(gpt, labels, gpt.block_size, generators=generators, on_token=on_token, **options)
 
 
 @torch.no_grad()
 def decode_codes(tokenizer: VQModel, codes: Tensor, batch_size: int = 16) -> Tensor:
-    """Pictures of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1]."""
+    """Pictures of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1].
+
+    A batch of one is decoded twice over: convolutions round differently for it than for any larger batch, and a
+    picture is not to depend on the batch it is drawn in.
+    """
     edge = int(codes.shape[1] ** 0.5)
     width = tokenizer.config.codebook_embed_dim
-    parts = [tokenizer.decode_code(part, (len(part), width, edge, edge)) for part in codes.split(batch_size)]
+    parts = []
+    for part in codes.split(batch_size):
+        rows = part.expand(2, -1) if len(part) == 1 else part
+        parts.append(tokenizer.decode_code(rows, (len(rows), width, edge, edge))[: len(part)])
     return torch.cat(parts)

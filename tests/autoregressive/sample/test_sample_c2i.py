@@ -5,8 +5,9 @@ import torch
 
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
-from autoregressive.sample.pipeline import decode_codes
-from autoregressive.sample.sample_c2i import class_ids, draw, parser
+from autoregressive.sample.classes import ClassNames
+from autoregressive.sample.pipeline import decode_codes, sampling_options
+from autoregressive.sample.sample_c2i import Painter, class_ids, parser
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SAMPLING = {"cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -22,6 +23,12 @@ def gpt():
 
 def arguments(*flags):
     return parser().parse_args(["--cfg-scale", "2", "--top-k", "0", "--num-classes", "5", *flags])
+
+
+def draw(gpt, labels, args):
+    """The codes of all `labels`, in the command's batches."""
+    painter = Painter(gpt, None, args, labels.tolist(), ClassNames(args.num_classes))
+    return torch.cat([painter.codes(part.tolist()) for part in torch.arange(len(labels)).split(args.batch_size)])
 
 
 def test_an_image_depends_on_its_number_not_on_its_batch(gpt):
@@ -40,20 +47,59 @@ def test_legacy_draws_are_those_of_the_global_generator(gpt):
     assert torch.equal(draw(gpt, labels, arguments("--seed", "7", "--legacy-rng")), expected)
 
 
-def test_codes_become_pictures_in_any_batch():
+def test_codes_become_the_same_pictures_in_any_batch():
     torch.manual_seed(0)
     tokenizer = VQ_models["VQ-4-S"]().eval()
     codes = torch.randint(512, (5, 16), dtype=torch.int32)
     whole = decode_codes(tokenizer, codes)
     assert whole.shape == (5, 3, 16, 16)
-    torch.testing.assert_close(decode_codes(tokenizer, codes, batch_size=2), whole, atol=1e-5, rtol=0)
+    assert torch.equal(decode_codes(tokenizer, codes, batch_size=2), whole)  # the last is alone in its batch
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for flags in (
+        ["--temperature", "-1"],
+        ["--top-p", "1.1"],
+        ["--top-k", "-3"],
+        ["--min-p", "2"],
+        ["--cfg-power", "0"],
+    ):
+        with pytest.raises(ValueError, match="0"):
+            sampling_options(arguments(*flags))
+    assert sampling_options(arguments("--min-p", "0.1"))["min_p"] == 0.1
+
+
+def names_of(args):
+    return ClassNames(args.num_classes, args.class_names)
 
 
 def test_classes_by_number_and_name(tmp_path):
     (tmp_path / "names.json").write_text('["cat", "dog", "2"]')
     flags = ["--class-names", str(tmp_path / "names.json"), "--images-per-class", "2", "--class-labels"]
-    assert class_ids(arguments(*flags, "dog", "0", "2")) == [1, 1, 0, 0, 2, 2]
-    with pytest.raises(ValueError, match="unknown class 'bird'"):
-        class_ids(arguments(*flags, "bird"))
-    with pytest.raises(ValueError, match=r"class 5 is out of range.* 0 \.\. 4"):
-        class_ids(arguments("--class-labels", "5"))
+    args = arguments(*flags, "dog", "0", "2", "4")
+    assert class_ids(args, names_of(args)) == [1, 1, 0, 0, 2, 2, 4, 4]
+    for label, message in [("dgo", r"'dgo'; did you mean 'dog' \(1\)"), ("bird", "or a name of .*names.json"),
+                           ("5", r"class 5 is out of range.* 0 \.\. 4")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            names_of(args).find(label)
+    with pytest.raises(ValueError, match=r"unknown class 'dog'.*give --class-names"):
+        ClassNames(5).find("dog")
+    (tmp_path / "names.json").write_text('{"cat": 0}')
+    with pytest.raises(ValueError, match="JSON list"):
+        names_of(args)
+
+
+def test_imagenet_classes_by_name():
+    names = ClassNames(1000)
+    assert [names.find(text) for text in ("golden retriever", "Golden Retriever", "red panda", "otter", "974")] == [
+        207, 207, 387, 360, 974,
+    ]  # fmt: skip
+    assert names.name(88) == "macaw"
+    assert names.find("crane") == 517 and names.find("crane bird") == 134
+    for text, message in [
+        ("panda", r"387 \(lesser panda\) or 388 \(giant panda\)"),
+        ("goldn retriever", r"did you mean 'golden retriever' \(207\)"),
+        ("cat", r"did you mean .*'tiger cat' \(282\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            names.find(text)
