@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 
 
 def test_readme_has_the_commands_that_this_test_knows():
-    assert len(STAGES) == 6
+    assert len(STAGES) == 7
     assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(STAGES)
 
 
