@@ -1,8 +1,8 @@
 """Inception features as the package clean-fid makes them (Parmar et al., 2022, arXiv:2104.11222), mode "clean".
 
-The weights are those of the established evaluator; what differs is how pictures get to 299 x 299: each channel is resized
-by Pillow in float32 with antialiased bicubic weights, clipped to 0..255 and not rounded. The two give different FIDs of the
-same pictures, so never compare one with the other.
+The weights are those of the established evaluator; what differs is how pictures get to 299 x 299: each channel is
+resized by Pillow in float32 with antialiased bicubic weights, clipped to 0..255 and not rounded. The two give different
+FIDs of the same pictures, so never compare one with the other.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from dataset.packed import sha256_of
 from utils import checkpoint
+from utils.files import sha256_of
 
 PREFIX = "A photo depicts "
 HUB_IDS = {"ViT-B/32": "openai/clip-vit-base-patch32", "ViT-G/14": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"}

@@ -53,7 +53,7 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
         check_pictures(pictures)
-        with _exact_float32():
+        with exact_float32():
             images = pictures.to(self.device).permute(0, 3, 1, 2).float()
             found = self.network(images)
         pool = found[POOL].flatten(1)
@@ -62,7 +62,7 @@ class Inception:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Convolutions without TF32, which the numbers of a published metric should not depend on."""
     cudnn = torch.backends.cudnn
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False

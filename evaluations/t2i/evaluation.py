@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--ref_dir", help="real pictures: the folder that has val2014/; without it there is no FID")
     flags.add_argument("--ref_data", choices=["coco2014", "imagenet2012", "laion4k"], default="coco2014",
                        help="coco2014 takes val2014/ of --ref_dir, the others its sub-folder --ref_type")  # fmt: skip
-    flags.add_argument("--ref_type", choices=["train", "valid", "test"], default="train", help="sub-folder of --ref_dir")
+    flags.add_argument(
+        "--ref_type", choices=["train", "valid", "test"], default="train", help="sub-folder of --ref_dir"
+    )
     flags.add_argument("--how_many", type=int, default=30000, help="pictures for the CLIP score, at most")
     flags.add_argument("--clip_model4eval", choices=["ViT-B/32", "ViT-G/14", "WO"], default="ViT-B/32",
                        help="CLIP model; WO goes without the CLIP score")  # fmt: skip
