@@ -218,9 +218,9 @@ def build_t2i_image(args: Namespace, transform: Callable) -> Text2ImgDatasetImg:
 
 def build_t2i(args: Namespace, transform: Callable) -> Text2ImgDataset:
     """The images of the lists in `args.data_path` with their text features."""
-    return Text2ImgDataset(args, transform)
+    return Text2ImgDataset(args, transform, getattr(args, "max_bad_share", 0.01))
 
 
 def build_t2i_code(args: Namespace) -> Text2ImgDatasetCode:
     """The codes below `args.code_path` with their text features."""
-    return Text2ImgDatasetCode(args)
+    return Text2ImgDatasetCode(args, getattr(args, "max_bad_share", 0.01))

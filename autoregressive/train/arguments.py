@@ -6,7 +6,14 @@ import argparse
 
 from autoregressive.build import add_gpt_args
 from autoregressive.train.parallel import add_parallel_args
-from utils.args import add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, add_wandb_args
+from utils.args import (
+    add_bad_images_arg,
+    add_optimizer_args,
+    add_run_args,
+    add_runtime_args,
+    add_seed_arg,
+    add_wandb_args,
+)
 from utils.guard import add_guard_args
 from utils.precision import FULL_PRECISION, HALF_PRECISION
 
@@ -61,6 +68,7 @@ def add_text_data_args(group: argparse._ArgumentGroup, dataset: str) -> None:
     group.add_argument("--data-path", help="t2i: folder of .jsonl lists of images, which are encoded on the fly")
     group.add_argument("--t5-feat-path", help="text features of the lists, from language/extract_t5_feature.py")
     group.add_argument("--short-t5-feat-path", help="features of short captions, read for 30 %% of the samples")
+    add_bad_images_arg(group)
     add_code_args(group, dataset)
 
 
