@@ -20,7 +20,7 @@ if not __package__:  # started by file path: the repository root takes the place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from autoregressive.build import add_gpt_args, latent_grid, load_gpt
-from autoregressive.train.inputs import code_dataset
+from autoregressive.train.inputs import make_inputs
 from autoregressive.train.validation import BATCH_SIZE, HeldOut, Likelihood, likelihood
 from utils import checkpoint
 from utils.args import add_runtime_args, apply_threads, make_parser
@@ -32,16 +32,17 @@ from utils.precision import DTYPES, allow_tf32
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the model of `args` and write what was found; returns it, the same on all processes."""
-    if args.gpt_type == "t2i" and not args.t5_feat_path:
-        raise ValueError("--t5-feat-path is missing: a text-conditional GPT is asked with the features of captions")
+    if args.gpt_type == "t2i":
+        args.dataset = "t2i_code"
     if args.use_ema and "ema" not in checkpoint.read(args.gpt_ckpt):
         raise ValueError(f"{args.gpt_ckpt} holds no averaged weights; leave out --use-ema")
     apply_threads(args)
     allow_tf32()
     with process_group(args.device) as device:
+        inputs = make_inputs(args, device)
         model = load_gpt(args, args.vocab_size, device)
-        held_out = HeldOut(code_dataset(args, args.code_path), args.images)
-        found = likelihood(model, held_out, device, args.precision, args.batch_size, what="likelihood")
+        held_out = HeldOut(inputs.codes(args.code_path), args.images)
+        found = likelihood(model, held_out, inputs, device, args.precision, args.batch_size, what="likelihood")
         report = report_of(args, found)
         if is_main():
             write_json(args.output, report)

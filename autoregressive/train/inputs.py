@@ -31,7 +31,11 @@ class ClassInputs:
         """The codes of --code-path."""
         if not self.args.code_path:
             raise ValueError("--code-path is missing: give the folder that extract_codes_c2i.py wrote")
-        return code_dataset(self.args, self.args.code_path)
+        return self.codes(self.args.code_path)
+
+    def codes(self, code_path: str) -> Dataset:
+        """The codes under `code_path` with their labels."""
+        return code_dataset(self.args, code_path)
 
     def __call__(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """The arguments of `Transformer.forward`, on the device."""
@@ -47,7 +51,7 @@ class ClassInputs:
 class TextInputs:
     """Images or codes with text features: a batch is (content, features, key mask, valid), see `dataset.t2i`.
 
-    With a tokenizer the content is images (B, 3, S, S), which are encoded on the fly; without it codes (B, 1, N).
+    The content is codes (B, 1, N), or with a tokenizer images (B, 3, S, S), which are encoded on the fly.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
@@ -70,15 +74,19 @@ class TextInputs:
 
     def training_set(self) -> Dataset:
         """The images of --data-path, or the codes of --code-path, with their features."""
-        args = argparse.Namespace(**{**vars(self.args), "compact_mask": True})
         if self.tokenizer is None:
-            return code_dataset(args, args.code_path)
+            return self.codes(self.args.code_path)
+        args = argparse.Namespace(**{**vars(self.args), "compact_mask": True})
         return build_dataset(args, transform=eval_transform(args.image_size))
+
+    def codes(self, code_path: str) -> Dataset:
+        """The codes under `code_path` with their text features."""
+        return code_dataset(argparse.Namespace(**{**vars(self.args), "compact_mask": True}), code_path)
 
     def __call__(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """The arguments of `Transformer.forward`, on the device."""
         content, features, text, valid = (x.to(self.device, non_blocking=True) for x in batch)
-        codes = content if self.tokenizer is None else encode_crops(self.tokenizer, content[:, None])
+        codes = encode_crops(self.tokenizer, content[:, None]) if content.is_floating_point() else content
         codes = codes.flatten(1)
         image = torch.ones(codes.shape[0], codes.shape[1] - 1, dtype=torch.bool, device=self.device)
         mask = text_attention_mask(torch.cat([text, image], dim=1))

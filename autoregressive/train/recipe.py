@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from autoregressive.build import describe_weights
 from autoregressive.models.gpt import Transformer
-from autoregressive.train.inputs import Inputs, code_dataset, make_inputs
+from autoregressive.train.inputs import Inputs, make_inputs
 from autoregressive.train.step import TrainStep
 from autoregressive.train.validation import HeldOut, Validator
 from dataset.sampler import training_loader
@@ -88,5 +88,5 @@ def step_cost(model: Transformer, images: int) -> StepCost:
 def _validator(args: argparse.Namespace, step: TrainStep, device: torch.device) -> Validator | None:
     if not args.val_code_path:
         return None
-    held_out = HeldOut(code_dataset(args, args.val_code_path), args.val_images)
-    return Validator(held_out, step.model, step.ema, device, args.mixed_precision)
+    held_out = HeldOut(step.inputs.codes(args.val_code_path), args.val_images)
+    return Validator(held_out, step.inputs, step.model, step.ema, device, args.mixed_precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.models.gpt import Transformer
 from dataset.imagenet import CodeDataset
-from dataset.t2i import Text2ImgDatasetCode
 from utils.distributed import get_rank, get_world_size, sum_over_ranks
 from utils.precision import autocast
 from utils.progress import progress
 
 BATCH_SIZE = 32  # images of each process at a time
+
+Inputs = Callable[[Sequence[Tensor]], dict[str, Tensor]]  # a batch -> arguments of Transformer.forward, on the device
 
 
 @dataclass(frozen=True)
@@ -53,67 +54,59 @@ class Likelihood:
 
 
 class HeldOut(Dataset):
-    """This process's share of held-out codes: every process gets equally many, filled up with weight 0.
+    """This process's share of held-out samples: every process gets equally many, filled up with weight 0.
 
-    Equally many, because with sharded weights all processes have to compute together. Items are (codes (N,), weight,
-    condition, and for captions the attention mask); of an image with several views it is the first, which is the
-    centre crop, or the first of ten. `images` bounds how many are taken, spread evenly.
+    Equally many, because with sharded weights all processes have to compute together. Items are the data set's with
+    a weight in front; of codes with several views it is the first, which is the centre crop, or the first of ten.
+    `images` bounds how many are taken, spread evenly.
     """
 
-    def __init__(self, codes: CodeDataset | Text2ImgDatasetCode, images: int | None = None) -> None:
-        count = min(len(codes), images or len(codes))
-        chosen = torch.linspace(0, len(codes) - 1, count).round().long().tolist()
+    def __init__(self, samples: Any, images: int | None = None) -> None:
+        count = min(len(samples), images or len(samples))
+        chosen = torch.linspace(0, len(samples) - 1, count).round().long().tolist()
         own = chosen[get_rank() :: get_world_size()]
         fillers = -(-count // get_world_size()) - len(own)
-        self.codes, self.indices = codes, [*own, *chosen[:1] * fillers]
+        self.samples, self.indices = samples, [*own, *chosen[:1] * fillers]
         self.weights = [1.0] * len(own) + [0.0] * fillers
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[Tensor, ...]:
-        index, weight = self.indices[place], self.weights[place]
-        if isinstance(self.codes, CodeDataset):
-            codes, label = self.codes.view(index, 0)
-            return codes, torch.tensor(weight), label
-        codes, features, mask, valid = self.codes[index]
-        return codes[0], weight * valid.float(), features[0], mask
-
-
-def model_inputs(codes: Tensor, condition: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | None]:
-    """How the GPT is asked for the likelihood of codes (B, N): all but the last go in, after the condition.
-
-    `mask` (B, 1, L, L) covers the condition and all N codes, as the data sets give it.
-    """
-    return {"idx": codes[:, :-1], "cond_idx": condition, "mask": None if mask is None else mask[:, :, :-1, :-1]}
+        index = self.indices[place]
+        item = self.samples.view(index, 0) if isinstance(self.samples, CodeDataset) else self.samples[index]
+        return torch.tensor(self.weights[place]), *item
 
 
 @torch.no_grad()
 def likelihood(
     model: Transformer,
-    held_out: Dataset,
+    held_out: HeldOut,
+    inputs: Inputs,
     device: torch.device,
     precision: str = "none",
     batch_size: int = BATCH_SIZE,
     what: str | None = None,
 ) -> Likelihood:
-    """Measure `held_out` (a `HeldOut`) on all processes together; every one gets the same answer.
+    """Measure `held_out` on all processes together; every one gets the same answer.
 
-    The model is left in the mode it was in. `what` names a progress bar, none is shown without it.
+    `inputs` makes the model's arguments of a batch; samples that it calls invalid do not count. The model is left in
+    the mode it was in. `what` names a progress bar, none is shown without it.
     """
     was_training = model.training
     model.eval()
-    loader: Iterable[Any] = DataLoader(held_out, batch_size=batch_size)
     total = torch.zeros(model.block_size + 1, dtype=torch.float64, device=device)
-    with progress(len(held_out), "image", what=what or "", hidden=what is None) as bar:  # type: ignore[arg-type]
-        for batch in loader:
-            codes, weights, *condition = (part.to(device) for part in batch)
+    with progress(len(held_out), "image", what=what or "", hidden=what is None) as bar:
+        for weights, *batch in DataLoader(held_out, batch_size=batch_size):
+            arguments = inputs(batch)
+            targets, valid = arguments.pop("targets"), arguments.pop("valid", 1)
             with autocast(device, precision):
-                logits, _ = model(**model_inputs(codes, *condition))
-            nats = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
-            total[:-1] += (nats * weights[:, None]).sum(dim=0, dtype=torch.float64)
-            total[-1] += weights.sum()
-            bar.update(len(codes))
+                logits, _ = model(**arguments)
+            nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            counts = weights.to(device) * valid
+            total[:-1] += (nats * counts[:, None]).sum(dim=0, dtype=torch.float64)
+            total[-1] += counts.sum()
+            bar.update(len(targets))
     reshard(model)
     model.train(was_training)
     *sums, images = sum_over_ranks(total).tolist()
@@ -135,18 +128,20 @@ class Validator:
     def __init__(
         self,
         held_out: HeldOut,
+        inputs: Inputs,
         model: Transformer,
         ema: Transformer | None,
         device: torch.device,
         precision: str,
     ) -> None:
-        self.held_out, self.models = held_out, {"": model} | ({"ema_": ema} if ema is not None else {})
+        self.held_out, self.inputs = held_out, inputs
+        self.models = {"": model} | ({"ema_": ema} if ema is not None else {})
         self.device, self.precision = device, precision
 
     def __call__(self) -> dict[str, float]:
         """``loss`` and ``bits_per_token``, and the same of the averaged weights as ``ema_...``."""
         numbers = {}
         for prefix, model in self.models.items():
-            found = likelihood(model, self.held_out, self.device, self.precision)
+            found = likelihood(model, self.held_out, self.inputs, self.device, self.precision)
             numbers |= {f"{prefix}loss": found.loss, f"{prefix}bits_per_token": found.bits_per_token}
         return numbers
