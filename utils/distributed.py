@@ -54,10 +54,14 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 def process_group(device: str | None = None) -> Iterator[torch.device]:
     """Start the process group this launch calls for, yield the device to work on, and close the group.
 
-    `device` ("cuda" or "cpu") overrides the choice: a GPU when there is one, else the CPU.
+    `device` ("cuda" or "cpu") overrides the choice: a GPU when there is one, else the CPU. Inside another such block
+    the group that is there is used, so that a command can be made of several recipes.
     """
     launch = read_launch()
     chosen = _choose_device(launch, device)
+    if dist.is_initialized():
+        yield chosen
+        return
     if launch.world_size > 1:
         _start_group(launch, chosen)
     try:

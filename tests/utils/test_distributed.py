@@ -65,3 +65,15 @@ def test_print_is_silent_on_other_ranks_unless_forced(monkeypatch, capsys):
     distributed.setup_for_distributed(is_master=True)
     print("again")
     assert capsys.readouterr().out == "shown\nagain\n"
+
+
+def test_a_group_inside_a_group_is_the_same_one(monkeypatch, tmp_path):
+    """The inner block neither starts a second group nor closes the outer one."""
+    monkeypatch.setattr(distributed, "read_launch", lambda: Launch(0, 2))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with distributed.process_group("cpu") as device:
+            assert device == torch.device("cpu")
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
