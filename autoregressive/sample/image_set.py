@@ -48,8 +48,6 @@ def sample_image_set(args: argparse.Namespace, defaults: Mapping[str, Any]) -> P
 
     `defaults` are the command's own: what differs from them is part of the folder's name. Returns the folder.
     """
-    if args.gpt_type != "c2i":
-        raise ValueError("this command draws classes; --gpt-type t2i is not for it")
     args = argparse.Namespace(**{**vars(args), "image_size_eval": eval_size(args)})
     for name in ("num_fid_samples", "per_proc_batch_size", "image_size_eval"):
         if getattr(args, name) < 1:

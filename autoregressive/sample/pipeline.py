@@ -9,17 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.build import load_gpt, require_null_class
+from autoregressive.build import add_gpt_args, load_gpt, require_null_class
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import min_p_filtering
 from autoregressive.models.schedules import SCHEDULES, share
-from tokenizer.build import load_tokenizer
+from tokenizer.build import add_vq_args, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.args import add_runtime_args
 from utils.precision import DTYPES, allow_tf32
 from utils.seeding import mix_seed
 
 OnToken = Callable[[int], None]
+
+
+def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, top_k: int = 2000) -> None:
+    """Both models, how they are drawn from, and the machine: what all commands that draw classes share."""
+    add_gpt_args(parser, image_size=384)
+    parser.add_argument(
+        "--from-fsdp",
+        action="store_true",
+        help="formats are recognised without it; it names a folder of samples by the checkpoint's folder",
+    )
+    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the GPT")
+    add_vq_args(parser)
+    add_sampling_args(parser, cfg_scale, top_k)
+    add_runtime_args(parser)
 
 
 def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, top_k: int = 2000) -> None:
@@ -78,6 +94,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Transfo
     Raises:
         ValueError: settings that mean nothing, or a checkpoint that is missing or does not fit them.
     """
+    if args.gpt_type != "c2i":
+        raise ValueError("this command draws classes; --gpt-type t2i is not for it")
     sampling_options(args)
     allow_tf32()
     tokenizer = load_tokenizer(args, device)

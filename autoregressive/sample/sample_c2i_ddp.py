@@ -16,11 +16,9 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from autoregressive.build import add_gpt_args
 from autoregressive.sample.image_set import sample_image_set
-from autoregressive.sample.pipeline import add_sampling_args
-from tokenizer.build import add_vq_args
-from utils.args import add_runtime_args, add_seed_arg, make_parser
+from autoregressive.sample.pipeline import add_model_args
+from utils.args import add_seed_arg, make_parser
 from utils.errors import run
 
 
@@ -45,17 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help="all classes in turn (50,000 pictures: 50 of each of 1000); the default is random classes",
     )
     what.add_argument("--npz", action=argparse.BooleanOptionalAction, default=True, help="write the npz")
-    add_gpt_args(flags, image_size=384)
-    flags.add_argument(
-        "--from-fsdp",
-        action="store_true",
-        help="name the folder by the checkpoint's folder; formats are recognised without it",
-    )
-    flags.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-    flags.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the GPT")
-    add_vq_args(flags)
-    add_sampling_args(flags, cfg_scale=1.5, top_k=0)
-    add_runtime_args(flags)
+    add_model_args(flags, cfg_scale=1.5, top_k=0)
     add_seed_arg(flags)
     return flags
 

@@ -6,8 +6,9 @@ import torch
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample.classes import ClassNames
+from autoregressive.sample.painter import class_ids
 from autoregressive.sample.pipeline import decode_codes, sampling_options
-from autoregressive.sample.sample_c2i import Painter, class_ids, parser
+from autoregressive.sample.sample_c2i import codes_of, parser
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SAMPLING = {"cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -27,8 +28,9 @@ def arguments(*flags):
 
 def draw(gpt, labels, args):
     """The codes of all `labels`, in the command's batches."""
-    painter = Painter(gpt, None, args, labels.tolist(), ClassNames(args.num_classes))
-    return torch.cat([painter.codes(part.tolist()) for part in torch.arange(len(labels)).split(args.batch_size)])
+    torch.manual_seed(args.seed)
+    numbers = torch.arange(len(labels)).split(args.batch_size)
+    return torch.cat([codes_of(part.tolist(), gpt, labels.tolist(), args) for part in numbers])
 
 
 def test_an_image_depends_on_its_number_not_on_its_batch(gpt):

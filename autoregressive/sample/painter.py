@@ -1,0 +1,118 @@
+"""What the commands share that draw a few pictures to look at: classes, batches, a grid, single files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.sample.classes import ClassNames
+from autoregressive.sample.pipeline import OnToken
+from utils.batches import in_batches
+from utils.image import make_grid_image, save_png, to_uint8
+from utils.progress import progress
+
+DrawCodes = Callable[[list[int], OnToken], Tensor]
+
+
+def add_picture_args(flags: argparse.ArgumentParser, labels: Sequence[str] | None, output: str) -> None:
+    """Which classes, how many pictures, and where they go; without `labels` the classes must be given."""
+    what = flags.add_argument_group("pictures")
+    required = labels is None
+    what.add_argument("--class-labels", nargs="+", default=labels, required=required, help="class ids or names")
+    what.add_argument(
+        "--class-names", help="JSON list of class names, in the order of their ids; ImageNet's names are known"
+    )
+    what.add_argument("--images-per-class", type=int, default=1, help="pictures of each class")
+    what.add_argument("--batch-size", type=int, default=32, help="pictures drawn at once; halved if memory is short")
+    what.add_argument("--columns", type=int, default=4, help="pictures in a row of the grid")
+    what.add_argument("--output", help=f"the grid's file; without --output-dir the default is {output}")
+    what.add_argument("--output-dir", help="write every picture into this folder, as {number}-{class}.png")
+
+
+def class_ids(args: argparse.Namespace, names: ClassNames) -> list[int]:
+    """The ids that --class-labels names, each repeated --images-per-class times.
+
+    Raises:
+        ValueError: an unknown name, or an id outside 0 .. num_classes - 1.
+    """
+    if args.images_per_class < 1 or args.batch_size < 1 or args.columns < 1:
+        raise ValueError("--images-per-class, --batch-size and --columns are at least 1")
+    return [i for label in args.class_labels for i in [names.find(label)] * args.images_per_class]
+
+
+class Painter:
+    """Draws pictures number 0 to len(ids) - 1, batch by batch, and writes those that get a file of their own.
+
+    `draw` gives the codes (B, N) of some numbers and says after which token it is; `decode` makes images of them.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        ids: list[int],
+        names: ClassNames,
+        draw: DrawCodes,
+        decode: Callable[[Tensor], Tensor],
+        tokens_per_image: int,
+    ) -> None:
+        self.args, self.ids, self.names, self.draw, self.decode = args, ids, names, draw, decode
+        self.tokens = len(ids) * tokens_per_image
+        self.settings = {name: value for name, value in vars(args).items() if value is not None}
+        self.sampling_seconds = self.decoding_seconds = 0.0
+
+    def paint(self) -> Tensor:
+        """All pictures on the CPU, float32 (B, 3, H, W)."""
+        size = self.args.batch_size
+        numbers = [range(first, min(first + size, len(self.ids))) for first in range(0, len(self.ids), size)]
+        parts = []
+        with progress(self.tokens, "token") as bar:
+            for batch, images in in_batches(lambda batch: self._images(batch, bar), numbers):
+                if self.args.output_dir:
+                    self._save(batch, images)
+                parts.append(images)
+        return torch.cat(parts)
+
+    def save_grid(self, images: Tensor, default: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Write the grid, and say where everything is."""
+        output = self.args.output or (None if self.args.output_dir else default)
+        if output:
+            names = [self.names.name(i) for i in self.ids]
+            about = {"settings": self.settings, "class_ids": self.ids, "class_names": names, **(facts or {})}
+            save_png(make_grid_image(images, self.args.columns), output, about)
+            print(f"image is saved to {output}")
+        if self.args.output_dir:
+            print(f"{len(self.ids)} pictures are saved to {self.args.output_dir}")
+
+    def _images(self, batch: list[int], bar: tqdm) -> Tensor:
+        drawn_before, started = bar.n, time.perf_counter()
+        try:
+            codes = self.draw(batch, lambda _: bar.update(len(batch)))
+            if codes.device.type == "cuda":
+                torch.cuda.synchronize()  # so that the time is that of sampling
+            drawn = time.perf_counter()
+            images = self.decode(codes).cpu()
+        except (RuntimeError, MemoryError):
+            bar.n = drawn_before  # these tokens are drawn again if the memory did not suffice
+            raise
+        self.sampling_seconds += drawn - started
+        self.decoding_seconds += time.perf_counter() - drawn
+        return images
+
+    def _save(self, batch: list[int], images: Tensor) -> None:
+        folder = Path(self.args.output_dir)
+        for number, picture in zip(batch, to_uint8(images)):
+            class_id = self.ids[number]
+            name = self.names.name(class_id)
+            short = re.sub(r"[^a-z0-9]+", "-", (name or "").lower()).strip("-") or class_id
+            facts = {"class_id": class_id, "class_name": name, "number": number, "settings": self.settings}
+            if not getattr(self.args, "legacy_rng", False):
+                facts["seed"] = self.args.seed + number
+            save_png(picture, folder / f"{number:06d}-{short}.png", facts)
