@@ -25,7 +25,6 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.sample.masks import as_pixels
 from autoregressive.sample.pipeline import decode_codes, image_generators
-from autoregressive.train.validation import model_inputs
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.seeding import mix_seed
 
@@ -84,7 +83,7 @@ def fit_of_kept_cells(gpt: Transformer, codes: Tensor, chosen: Tensor, labels: T
     Kept cells before the first drawn one are the same under every candidate and make no difference.
     """
     training = gpt.training
-    logits, _ = gpt.eval()(**model_inputs(codes.long(), labels))
+    logits, _ = gpt.eval()(codes[:, :-1].long(), labels)
     gpt.train(training)
     log_p = -F.cross_entropy(logits.transpose(1, 2), codes.long(), reduction="none")
     return log_p.masked_fill(chosen, 0).sum(dim=1)
