@@ -12,7 +12,6 @@ search. Images that could not be read keep their row; the manifest lists them as
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,21 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from utils.files import read_json
+from utils.files import read_json, sha256_of
 
 FORMAT = 1
 MANIFEST, RECORD = "manifest.json", "extraction.json"
 SUFFIX = "_packed"
 COMPANIONS = {"class": "labels", "caption": "keys"}
-
-
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def code_dtype(codebook_size: int) -> np.dtype:

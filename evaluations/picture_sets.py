@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,7 @@ class NpzPictures:
             raise ValueError(
                 f"{path} must hold pictures uint8 (N, H, W, 3) with values 0..255, found {dtype} {self.shape}"
             )
-        self._bytes = start + int(np.prod(self.shape))
+        self._bytes = start + math.prod(self.shape)
         if entry.file_size != self._bytes:
             raise ValueError(f"{path} is damaged: {ARRAY} has {entry.file_size} bytes, its shape says {self._bytes}")
         self._start = start
@@ -78,7 +79,7 @@ class NpzPictures:
             yield torch.from_numpy(np.array(pictures[first : min(first + size, numbers.stop)]))
 
     def _streamed(self, numbers: range, size: int) -> Iterator[Tensor]:
-        each = int(np.prod(self.shape[1:]))
+        each = math.prod(self.shape[1:])
         with open_archive(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
             _skip(file, self._start + numbers.start * each)
             for first in range(numbers.start, numbers.stop, size):

@@ -1,0 +1,1 @@
+"""Evaluation of pictures that were generated for classes, or reconstructed."""
