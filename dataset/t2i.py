@@ -172,9 +172,8 @@ class Text2ImgDatasetCode(_CaptionedItems):
     """Extracted codes with text features; items are (codes, features, mask, valid).
 
     Codes are int64 (1, T) from the packed stores in `args.code_path`, else from its files
-    `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. Where
-    each image has several views, one is drawn from torch's generator. The rest is as in `Text2ImgDataset`.
-    `args.vocab_size`, if there, bounds the codes.
+    `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. The rest
+    is as in `Text2ImgDataset`. `args.vocab_size`, if there, bounds the codes.
 
     Attributes:
         num_tokens: T.
@@ -197,15 +196,11 @@ class Text2ImgDatasetCode(_CaptionedItems):
         super().__init__(args, sorted({stem for stem, _ in self.keys}), len(self.keys), max_bad_share)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.view(index, int(torch.randint(self.codes.views, (1,))) if self.codes.views > 1 else 0)
-
-    def view(self, index: int, view: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Item `index` with the codes of one view."""
         if index not in self.bad:
             stem, line = self.keys[index]
             try:
-                codes = self.codes.read(stem, line, self.vocab_size, view)
-                return self._item(torch.from_numpy(codes), self.features.read(stem, line))
+                codes = torch.from_numpy(self.codes.read(stem, line, self.vocab_size))
+                return self._item(codes, self.features.read(stem, line))
             except ValueError as error:
                 self.bad.add(index, error)
         return self._invalid(torch.zeros(1, self.grid_tokens, dtype=torch.int64))

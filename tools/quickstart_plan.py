@@ -25,6 +25,7 @@ from autoregressive.build import latent_grid
 from autoregressive.train import train_c2i
 from autoregressive.train.step import TrainStep
 from tokenizer.tokenizer_image import recipe as vq_recipe
+from tokenizer.tokenizer_image import train_step as vq_step
 from tokenizer.tokenizer_image import vq_train
 from utils.args import make_parser
 from utils.distributed import process_group
@@ -76,7 +77,7 @@ def seconds_per_step(step: Callable[[], object], device: torch.device, trials: i
 def _vq_step(args: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     images = TensorDataset(torch.rand(args.global_batch_size, 3, args.image_size, args.image_size) * 2 - 1)
     model = vq_recipe.new_model(args).to(device, memory_format=torch.channels_last)
-    step = vq_recipe.TrainStep(args, model, images, device, total_steps=1000)
+    step = vq_step.TrainStep(args, model, images, device, total_steps=1000)
     return lambda: step([images.tensors], number=999)
 
 

@@ -223,6 +223,14 @@ class TestNetworks:
         assert loss(CODEBOOK_LOSS, x, y, 0, 5) == pytest.approx(F.mse_loss(x, y).item() + 0.875)
         assert loss(None, x, y, 1, 5) == 0
 
+    def test_images_that_are_too_small_for_patches(self):
+        for layers in (2, 3):
+            smallest = 3 * 2**layers
+            loss = small_loss(disc_num_layers=layers, image_size=smallest)
+            assert loss.discriminator(torch.zeros(1, 3, smallest, smallest)).shape == (1, 1, 1, 1)
+            with pytest.raises(ValueError, match=f"needs images of {smallest} pixels"):
+                small_loss(disc_num_layers=layers, image_size=smallest - 1)
+
     def test_stylegan(self):
         assert isinstance(small_loss(disc_type="stylegan").discriminator, Discriminator)
 

@@ -10,8 +10,8 @@ from tests import golden
 from tests.tokenizer.builders import hash_fill, keys_of, uniform
 from tokenizer import nearest
 from tokenizer.nearest import full_float32, lookup, nearest_codes
-from tokenizer.tokenizer_image import quantizer as quantizer_module
 from tokenizer.tokenizer_image.codebook import kmeans_init, revive_dead_codes
+from tokenizer.tokenizer_image.quantizers import vq
 from tokenizer.tokenizer_image.vq_model import VectorQuantizer, compute_entropy_loss
 
 
@@ -204,7 +204,7 @@ class TestGradients:
         torch.testing.assert_close(results[0][0], 0.3 * compute_entropy_loss(-distance).detach(), atol=1e-4, rtol=0)
 
     def test_entropy_is_not_computed_at_ratio_zero(self, monkeypatch):
-        monkeypatch.setattr(quantizer_module, "_code_entropies", None)
+        monkeypatch.setattr(vq, "chunked_entropy_loss", None)
         losses = _quantizer(ratio=0.0).train()(_random(1, 8, 2, 2))[1]
         assert losses[2] == 0
         with pytest.raises(TypeError):

@@ -1,22 +1,21 @@
 """Care of a codebook in training: a start from data, and new life for codes that nobody uses.
 
 A codebook drawn at random lies far from the first latents, so that few codes are ever chosen. Both functions
-change ``quantizer.embedding`` in place; with several processes, run them on one and broadcast the result.
+place codes with `Quantizer.replace`; with several processes, give all of them the same latents and randomness.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.nearest import nearest_codes
-from tokenizer.tokenizer_image.quantizer import VectorQuantizer
+from tokenizer.tokenizer_image.quantizers.base import Quantizer
 
 
 @torch.no_grad()
 def kmeans_init(
-    quantizer: VectorQuantizer, latents: Tensor, iterations: int = 8, generator: torch.Generator | None = None
+    quantizer: Quantizer, latents: Tensor, iterations: int = 8, generator: torch.Generator | None = None
 ) -> None:
     """Set the codes to the k-means centres of `latents` (spherical k-means where codes are unit-length).
 
@@ -26,20 +25,21 @@ def kmeans_init(
         generator: source of the random choices; the global one by default.
     """
     latents = _prepare(quantizer, latents)
+    unit_length = getattr(quantizer, "l2_norm", False)
     centres = _draw(latents, quantizer.n_e, generator)
     for _ in range(iterations):
-        nearest = nearest_codes(latents, centres, quantizer.l2_norm)
+        nearest = nearest_codes(latents, centres, unit_length)
         members = torch.bincount(nearest, minlength=quantizer.n_e)
         sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
-        centres = F.normalize(sums, dim=-1) if quantizer.l2_norm else sums / members.clamp(min=1)[:, None]
+        centres = quantizer.place(sums / members.clamp(min=1)[:, None])
         empty = members == 0
         centres[empty] = _draw(latents, int(empty.sum()), generator)
-    quantizer.embedding.weight.copy_(centres)
+    quantizer.replace(torch.ones_like(empty), centres)
 
 
 @torch.no_grad()
 def revive_dead_codes(
-    quantizer: VectorQuantizer, used: Tensor, latents: Tensor, generator: torch.Generator | None = None
+    quantizer: Quantizer, used: Tensor, latents: Tensor, generator: torch.Generator | None = None
 ) -> int:
     """Move every unused code onto a random latent vector.
 
@@ -55,18 +55,17 @@ def revive_dead_codes(
         raise ValueError(
             f"used must be a bool tensor of shape ({quantizer.n_e},), but is {used.dtype} of shape {tuple(used.shape)}."
         )
-    weight = quantizer.embedding.weight
-    dead = ~used.to(weight.device)
+    latents = _prepare(quantizer, latents)
+    dead = ~used.to(latents.device)
     count = int(dead.sum())
-    weight[dead] = _draw(_prepare(quantizer, latents), count, generator).to(weight.dtype)
+    quantizer.replace(dead, _draw(latents, count, generator))
     return count
 
 
-def _prepare(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
+def _prepare(quantizer: Quantizer, latents: Tensor) -> Tensor:
     if latents.ndim != 2 or latents.shape[1] != quantizer.e_dim or not len(latents):
         raise ValueError(f"latents must be (N > 0, {quantizer.e_dim}), but are {tuple(latents.shape)}.")
-    latents = latents.to(quantizer.embedding.weight.device, torch.float32)
-    return F.normalize(latents, dim=-1) if quantizer.l2_norm else latents
+    return quantizer.place(latents.to(quantizer.codebook().device, torch.float32))
 
 
 def _draw(latents: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

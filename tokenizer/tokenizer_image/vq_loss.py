@@ -61,7 +61,7 @@ class VQLoss(nn.Module):
         disc_loss, gen_adv_loss: 'hinge', 'non-saturating', and for the discriminator also 'vanilla'.
         disc_dim, disc_num_layers: size of the 'patchgan' discriminator.
         disc_type: 'patchgan' or 'stylegan'.
-        image_size: side of the images, needed by 'stylegan'.
+        image_size: side of the images, on which 'stylegan' depends; 'patchgan' needs 3 * 2 ** disc_num_layers.
         disc_in_channels: image channels.
         disc_weight: weight of the adversarial terms, on both sides.
         disc_adaptive_weight: scale the adversarial gradient at `last_layer` to the reconstruction gradient.
@@ -100,6 +100,7 @@ class VQLoss(nn.Module):
             raise ValueError(f"disc_type must be one of {list(DISCRIMINATORS)}, but is {disc_type!r}.")
         self.discriminator: nn.Module | None = None
         if disc_weight and disc_type == "patchgan":
+            _check_size(image_size, disc_num_layers)
             self.discriminator = NLayerDiscriminator(disc_in_channels, disc_dim, disc_num_layers)
         elif disc_weight:
             self.discriminator = StyleGANDiscriminator(disc_in_channels, image_size=image_size)
@@ -219,6 +220,15 @@ def _choose(what: str, name: str, known: dict[str, Callable]) -> Callable:
     if name not in known:
         raise ValueError(f"{what} must be one of {list(known)}, but is {name!r}.")
     return known[name]
+
+
+def _check_size(image_size: int, layers: int) -> None:
+    smallest = 3 * 2**layers  # three pixels before the two last convolutions, which take one each
+    if image_size < smallest:
+        raise ValueError(
+            f"The 'patchgan' discriminator needs images of {smallest} pixels and more, these have {image_size}: "
+            f"take disc_type 'stylegan' or no discriminator (disc_weight 0)."
+        )
 
 
 @contextmanager

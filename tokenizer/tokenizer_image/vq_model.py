@@ -6,7 +6,7 @@ Images are (B, 3, H, W) float, RGB in [-1, 1]; decoded images are nominally in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenizer.layers import (
     run_stack,
 )
 from tokenizer.tokenizer_image.quantizer import EmbeddingLoss, VectorQuantizer, compute_entropy_loss
+from tokenizer.tokenizer_image.quantizers import code_shape, new_quantizer
 
 __all__ = [
     "VQ_4_S",
@@ -50,7 +51,8 @@ __all__ = [
 @dataclass
 class ModelArgs:
     """Everything that defines a VQ model. The channel multipliers go from full to lowest resolution; the
-    decoder has one residual block per level more than `num_res_blocks`."""
+    decoder has one residual block per level more than `num_res_blocks`. Quantizers 'fsq' and 'lfq' decide the
+    code's channels by themselves, 'fsq' also the number of codes (the product of `fsq_levels`)."""
 
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
@@ -65,6 +67,8 @@ class ModelArgs:
     ch: int = 128
     num_res_blocks: int = 2
     norm_groups: int = 32
+    quantizer: str = "vq"
+    fsq_levels: list[int] | None = None
 
 
 class Level(nn.Module):
@@ -177,11 +181,17 @@ class Decoder(nn.Module):
 
 
 class VQModel(nn.Module):
-    """Encoder, quantizer and decoder. `stride` pixels in each direction become one code."""
+    """Encoder, quantizer and decoder. `stride` pixels in each direction become one code.
+
+    `config` holds the codebook's real size and width, also where the quantizer decides them.
+    """
 
     def __init__(self, config: ModelArgs) -> None:
         super().__init__()
-        self.config = config
+        size, width = code_shape(
+            config.quantizer, config.codebook_size, config.codebook_embed_dim, config.fsq_levels
+        )
+        self.config = config = replace(config, codebook_size=size, codebook_embed_dim=width)
         shared = {
             "ch": config.ch,
             "num_res_blocks": config.num_res_blocks,
@@ -191,13 +201,15 @@ class VQModel(nn.Module):
         }
         self.encoder = Encoder(ch_mult=config.encoder_ch_mult, **shared)
         self.decoder = Decoder(ch_mult=config.decoder_ch_mult, **shared)
-        self.quantize = VectorQuantizer(
-            config.codebook_size,
-            config.codebook_embed_dim,
-            config.commit_loss_beta,
-            config.entropy_loss_ratio,
-            config.codebook_l2_norm,
-            config.codebook_show_usage,
+        self.quantize = new_quantizer(
+            config.quantizer,
+            size,
+            width,
+            beta=config.commit_loss_beta,
+            entropy_loss_ratio=config.entropy_loss_ratio,
+            l2_norm=config.codebook_l2_norm,
+            show_usage=config.codebook_show_usage,
+            levels=config.fsq_levels,
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
@@ -208,7 +220,7 @@ class VQModel(nn.Module):
         return 2 ** (len(self.config.encoder_ch_mult) - 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, EmbeddingLoss, tuple[None, None, Tensor]]:
-        """Images (B, 3, H, W) to ``(quant, losses, (None, None, indices))``, see `VectorQuantizer.forward`.
+        """Images (B, 3, H, W) to ``(quant, losses, (None, None, indices))``, see `Quantizer.forward`.
 
         `quant` is (B, codebook_embed_dim, H/stride, W/stride), `indices` (B * H/stride * W/stride,) int64.
         Raises ValueError if height or width is not a multiple of `stride`.

@@ -13,7 +13,7 @@ __all__ = ["VQ_8", "VQ_16", "ModelArgs", "VQModel", "VQModelHF", "VQ_models_HF"]
 
 # Written to config.json only where they differ from their defaults: other readers of the published format do
 # not know them.
-_EXTENSIONS = ("ch", "num_res_blocks", "norm_groups")
+_EXTENSIONS = ("ch", "num_res_blocks", "norm_groups", "quantizer", "fsq_levels")
 
 
 class VQModelHF(

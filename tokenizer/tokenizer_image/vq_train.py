@@ -33,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--data-face-path", help="second folder of lists, for --dataset t2i_image")
     data.add_argument("--val-data-path", help="held-out images: report how well they are reconstructed")
     data.add_argument("--val-images", type=int, default=1000, help="how many of them, at most")
+    data.add_argument(
+        "--val-features",
+        choices=["lite0"],
+        help="also report Frechet and kernel distance in the features of this network (docs/evaluation.md)",
+    )
     data.add_argument("--dataset", choices=DATASETS, default="imagenet", help="layout of the images")
     data.add_argument("--image-size", type=int, default=256, help="edge of the square crops in pixels")
     add_bad_images_arg(data)
@@ -41,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _add_codebook_args(flags)
     _add_loss_args(flags)
     add_optimizer_args(flags, epochs=40, global_batch_size=128)
+    _add_memory_args(flags)
     flags.set_defaults(weight_decay=0.0)  # what the established trainer in effect used, whatever its flag said
     add_run_args(flags, "results_tokenizer_image")
     add_runtime_args(flags)
@@ -48,14 +54,23 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def _add_memory_args(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("weights and activations")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="of --ema; less in the first steps")
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations twice: less memory, more time"
+    )
+
+
 def _add_codebook_args(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("codebook")
-    group.add_argument(
-        "--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=True, help="codes of length 1"
-    )
     group.add_argument("--codebook-weight", type=float, default=1.0, help="weight of the codebook's losses")
     group.add_argument("--commit-loss-beta", type=float, default=0.25, help="pull of the encoder towards its codes")
-    group.add_argument("--entropy-loss-ratio", type=float, default=0.0, help="reward for using many codes")
+    group.add_argument(
+        "--entropy-loss-ratio",
+        type=float,
+        help="reward for using many codes; the default is 0, with lfq 0.1 and with ibq 0.05",
+    )
     group.add_argument(
         "--codebook-init",
         choices=["uniform", "kmeans"],
@@ -65,8 +80,8 @@ def _add_codebook_args(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--revive-every",
         type=int,
-        default=0,
-        help="every so many steps, in the first 80%% of training, move unused codes onto data",
+        help="every so many steps, in the first 80%% of training, move unused codes onto data; 0: never, the default "
+        "but for --quantizer ema, which has 20",
     )
     group.add_argument("--dropout-p", type=float, default=0.0, help="dropout in the residual blocks")
 
@@ -80,7 +95,9 @@ def _add_loss_args(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--vgg-path", help="local file of torchvision's VGG16 weights, in place of a download")
     group.add_argument("--disc-weight", type=float, default=0.5, help="adversarial loss; 0 builds no discriminator")
     group.add_argument("--disc-start", type=int, default=20000, help="first step with the adversarial loss")
+    group.add_argument("--disc-lr", type=float, help="the discriminator's learning rate; the default is --lr")
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
+    group.add_argument("--disc-layers", type=int, default=3, help="halvings of patchgan; 2 suit images below 64 px")
     group.add_argument("--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="its loss")
     group.add_argument(
         "--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="the tokenizer's side of it"
