@@ -67,6 +67,11 @@ class DecodeCache:
         shape = (rows, positions, config.kv_heads, config.head_dim)
         return cls([KVCache(*shape, dtype, device) for _ in range(config.n_layer)], key_mask)
 
+    def fits(self, rows: int, positions: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `rows` sequences of `positions` find room in these caches, in this format and on this device."""
+        keys = self.layers[0].k_cache
+        return (keys.dtype, keys.device) == (dtype, device) and keys.shape[0] >= rows and keys.shape[2] >= positions
+
     def extend(self, rows: int, count: int) -> Tensor | None:
         """Take `count` more positions in; returns the mask (rows, 1, count, length) their queries need.
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoregressive.models.cache import DecodeCache
+from autoregressive.models.engine import Engine
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.guidance import (
     guidance_scales,
@@ -31,10 +32,11 @@ from autoregressive.models.sampling import (
 )
 
 OnToken = Callable[[int], None]
+Model = Transformer | Engine
 
 
 def prefill(
-    model: Transformer,
+    model: Model,
     cond_idx: Tensor,
     input_pos: Tensor,
     cfg_scale: float,
@@ -52,11 +54,11 @@ def prefill(
     logits, _ = model(None, cond_idx, input_pos, cache=cache, last_only=True)
     if uses_guidance(cfg_scale) or with_null:
         logits = guided_logits(logits, cfg_scale)
-    return sample(logits, **sampling_kwargs)[0]
+    return _sampler(model)(logits, **sampling_kwargs)[0]
 
 
 def decode_one_token(
-    model: Transformer,
+    model: Model,
     x: Tensor,
     input_pos: Tensor,
     cfg_scale: float,
@@ -77,11 +79,11 @@ def decode_one_token(
         logits = guided_logits(logits, cfg_scale if guided else 1.0)
     else:
         logits, _ = model(x, None, input_pos, cache=cache)
-    return sample(logits, **sampling_kwargs)
+    return _sampler(model)(logits, **sampling_kwargs)
 
 
 def decode_n_tokens(
-    model: Transformer,
+    model: Model,
     cur_token: Tensor,
     input_pos: Tensor,
     num_new_tokens: int,
@@ -128,7 +130,7 @@ def _put_in(given: Tensor, drawn: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Model,
     cond: Tensor,
     max_new_tokens: int,
     emb_masks: Tensor | None = None,
@@ -149,6 +151,7 @@ def generate(
     """Generate image tokens, int32 (B, max_new_tokens).
 
     Args:
+        model: a GPT, or an engine that computes it faster.
         cond: class labels int64 (B,), or left-padded caption features (B, T, caption_dim), of which the
             first `cls_token_num` positions count.
         max_new_tokens: 1 to `block_size`.
@@ -207,7 +210,11 @@ def _check_given(given: Tensor | None, batch: int, count: int, vocab_size: int) 
         )
 
 
-def _check(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None) -> None:
+def _sampler(model: Model) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return model.sample if isinstance(model, Engine) else sample
+
+
+def _check(model: Model, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None) -> None:
     if not 1 <= max_new_tokens <= model.block_size:
         raise ValueError(f"max_new_tokens is 1 to {model.block_size} (block_size), not {max_new_tokens}")
     if model.model_type == "c2i":
@@ -225,7 +232,7 @@ def _check_labels(labels: Tensor, rows: int, emb_masks: Tensor | None) -> None:
         raise ValueError("emb_masks are for captions; a class label has none")
 
 
-def _new_cache(model: Transformer, cond: Tensor, fed: int, emb_masks: Tensor | None) -> DecodeCache:
+def _new_cache(model: Model, cond: Tensor, fed: int, emb_masks: Tensor | None) -> DecodeCache:
     """Caches for the condition and `fed` tokens: all but the last, which is drawn but never fed."""
     device, rows = cond.device, cond.shape[0]
     dtype = model.tok_embeddings.weight.dtype
@@ -236,12 +243,16 @@ def _new_cache(model: Transformer, cond: Tensor, fed: int, emb_masks: Tensor | N
         text = emb_masks[:, : model.cls_token_num].to(device=device, dtype=torch.bool)
         text = text.repeat(rows // text.shape[0], 1)  # the unconditional half is masked like the captions
         key_mask = torch.cat([text, text.new_ones(rows, fed)], dim=1)
-    return DecodeCache.allocate(model.config, rows, model.cls_token_num + fed, dtype, device, key_mask)
+    shape = (rows, model.cls_token_num + fed, dtype, device)
+    if isinstance(model, Engine):
+        return model.new_cache(*shape, key_mask)
+    return DecodeCache.allocate(model.config, *shape, key_mask)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Model) -> Iterator[None]:
     """Evaluation mode inside, afterwards every module in the mode it had."""
+    model = model.model if isinstance(model, Engine) else model
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from autoregressive.models.noise import ImageNoise
 from autoregressive.models.schedules import values
 
-Generators = Sequence[torch.Generator]
+Generators = Sequence[torch.Generator] | ImageNoise
 
 
 def top_k_top_p_filtering(
@@ -79,12 +80,14 @@ def draw(probs: Tensor, generators: Generators | None = None) -> Tensor:
     Without `generators` this is one `torch.multinomial` from the global generator. With one generator per
     row, row i draws from its own alone, whatever the other rows are: token = argmax of p / e with e
     exponentially distributed, which is also what `torch.multinomial` does with that generator. They may live
-    on another device than `probs`.
+    on another device than `probs`. `ImageNoise` gives e as a function of the image's seed and the position.
     """
     if generators is None:
         return torch.multinomial(probs, num_samples=1)
     if len(generators) != probs.shape[0]:
         raise ValueError(f"expected one generator per image, got {len(generators)} for {probs.shape[0]} images")
+    if isinstance(generators, ImageNoise):
+        return (probs / generators.exponential(probs.shape[-1]).to(probs.device)).argmax(dim=-1, keepdim=True)
     noise = [torch.empty_like(probs[0], device=g.device).exponential_(generator=g) for g in generators]
     return (probs / torch.stack(noise).to(probs.device)).argmax(dim=-1, keepdim=True)
 

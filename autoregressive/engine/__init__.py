@@ -1,0 +1,1 @@
+"""Engines: faster ways to compute what `autoregressive.models.generate` asks a model for."""

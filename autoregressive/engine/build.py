@@ -1,0 +1,64 @@
+"""From a name to an engine: the one place where `engine=` and `quantize=` are understood."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from autoregressive.engine.compiler import CannotCompile
+from autoregressive.engine.native import NativeEngine, unsupported
+from autoregressive.models.engine import Engine
+from autoregressive.models.gpt import Transformer
+
+ENGINES = ("auto", "eager", "native")
+QUANTIZE = ("none", "int8")
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """How the GPT is computed."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="native: C++ on a CPU, compiled on first use; eager: PyTorch; auto: the fastest that works here",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="int8: weights and activations of the GPT's matrices in 8 bits; faster, slightly other pictures",
+    )
+
+
+def make_engine(model: Transformer, engine: str = "auto", quantize: str = "none") -> Engine:
+    """The engine for `model`, which must be in its final place and format.
+
+    "auto" takes the native one on a CPU and falls back to the eager one, saying why, if it cannot be compiled.
+
+    Raises:
+        ValueError: an engine that cannot compute this model, or a quantization that the engine does not have.
+    """
+    if engine not in ENGINES or quantize not in QUANTIZE:
+        raise ValueError(f"engines are {', '.join(ENGINES)} and quantize is {', '.join(QUANTIZE)}; got {engine!r}, {quantize!r}")
+    if engine == "auto":
+        return _automatic(model, quantize)
+    if engine == "native":
+        return NativeEngine(model, quantize)
+    if quantize != "none":
+        raise ValueError(f"--quantize {quantize} needs the native engine; the {engine} engine keeps the model's format")
+    return Engine(model)
+
+
+def _automatic(model: Transformer, quantize: str) -> Engine:
+    reason = unsupported(model)
+    if reason is None:
+        try:
+            return NativeEngine(model, quantize)
+        except CannotCompile as error:
+            reason = str(error)
+    if quantize != "none":
+        raise ValueError(f"--quantize {quantize} needs the native engine: {reason}")
+    if next(model.parameters()).device.type == "cpu":
+        logging.getLogger("llamagen").warning("sampling in plain PyTorch, which is several times slower: %s", reason)
+    return Engine(model)

@@ -1,0 +1,638 @@
+// One decoding step of the GPT on a CPU: all blocks and the output layer for a few rows at one position.
+//
+// Compiled on first use by compiler.py with -march=native; without AVX-512 BF16 or VNNI the same source uses what the
+// compiler makes of its vector types. Everything is a stream of 64-byte vectors of sixteen 32-bit words: a word holds one
+// float32, two bfloat16 or four int8 that lie next to each other along the axis that is summed over, and its place in
+// the vector is the output (or the cached position) it belongs to. So one routine, `tile`, does every product.
+//
+// A result does not depend on how many rows are computed beside it, nor on the number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+
+template <class To, class From>
+inline To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To out;
+    std::memcpy(&out, &value, sizeof out);
+    return out;
+}
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+inline Floats all(float value) { return value - Floats{}; }
+
+inline float total(Floats v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+// The nearest bfloat16, ties to even, as a float32.
+inline Floats to_bf16(Floats v) {
+    Words w = bits<Words>(v);
+    return bits<Floats>((w + 0x7fffu + ((w >> 16) & 1u)) & 0xffff0000u);
+}
+inline float to_bf16(float v) {
+    uint32_t w = bits<uint32_t>(v);
+    return bits<float>((w + 0x7fffu + ((w >> 16) & 1u)) & 0xffff0000u);
+}
+
+// e^x to about one unit in the last place; 0 below -87.
+inline Floats exponential(Floats x) {
+    Floats bounded = x > 88.0f ? all(88.0f) : x;
+    bounded = bounded < -87.0f ? all(-87.0f) : bounded;
+    const float magic = 12582912.0f;  // adding it rounds to an integer
+    Floats n = (bounded * 1.44269504f + magic) - magic;
+    Floats r = bounded - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Floats p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats result = p * bits<Floats>(power);
+    return x < -87.0f ? Floats{} : result;
+}
+
+// ---- number formats: `PER` values in a word; `dot` adds their products with the broadcast word `x` -----------------
+
+struct F32 {
+    static constexpr int PER = 1;
+    typedef Floats Sum;
+    static inline Sum dot(Sum sum, Words w, uint32_t x) { return sum + bits<Floats>(w) * bits<float>(x); }
+};
+
+struct BF16 {
+    static constexpr int PER = 2;
+    typedef Floats Sum;
+    static inline Sum dot(Sum sum, Words w, uint32_t x) {
+#if defined(__AVX512BF16__)
+        return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(w), bits<__m512bh>(_mm512_set1_epi32(x))));
+#else
+        sum += bits<Floats>(w << 16) * bits<float>(x << 16);
+        return sum + bits<Floats>(w & 0xffff0000u) * bits<float>(x & 0xffff0000u);
+#endif
+    }
+};
+
+struct I8 {  // weights are signed; activations are unsigned with 128 for zero, which Matrix::offset takes back
+    static constexpr int PER = 4;
+    typedef Ints Sum;
+    static inline Sum dot(Sum sum, Words w, uint32_t x) {
+#if defined(__AVX512VNNI__)
+        return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sum), _mm512_set1_epi32(x), bits<__m512i>(w)));
+#else
+        Ints s = bits<Ints>(w);
+        sum += ((s << 24) >> 24) * int32_t(x & 255u);
+        sum += ((s << 16) >> 24) * int32_t((x >> 8) & 255u);
+        sum += ((s << 8) >> 24) * int32_t((x >> 16) & 255u);
+        return sum + (s >> 24) * int32_t(x >> 24);
+#endif
+    }
+};
+
+// sums[m][n] += over `words` steps: weight vector n (at w + n * block, advancing by `stride`) times word of row m.
+template <class Format, int M, int N>
+inline void tile(typename Format::Sum (&sums)[M][N], const uint32_t* x, int64_t row, const uint32_t* w, int64_t block,
+                 int64_t stride, int64_t words) {
+    for (int64_t k = 0; k < words; k++) {
+        Words weights[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) weights[n] = *reinterpret_cast<const Words*>(w + n * block + k * stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const uint32_t word = x[m * row + k];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) sums[m][n] = Format::dot(sums[m][n], weights[n], word);
+        }
+    }
+}
+
+}  // namespace
+
+// ---- what Python hands over (native.py declares the same structures) -------------------------------------------------
+
+extern "C" {
+
+struct Matrix {           // (outputs, inputs), packed as (blocks, words, 16)
+    const uint32_t* data;
+    const float* scale;   // int8: (outputs,), else null
+    const float* offset;  // int8: (outputs,): 128 times the sum of the weights
+    int64_t blocks;       // of 16 outputs; an even number
+    int64_t words;        // of one output
+};
+
+struct Layer {
+    Matrix qkv, out, gate, down;  // gate: blocks of w1 and of w3 in turn
+    const float* attention_norm;
+    const float* ffn_norm;
+};
+
+struct Model {
+    int64_t dim, layers, heads, kv_heads, head_dim, hidden, vocab;
+    float eps;
+    int32_t int8;     // weights and activations of the matrices are int8
+    int32_t rounded;  // activations, keys and values are bfloat16, else float32
+    const Layer* layer;
+    Matrix head;
+    const float* norm;
+    const float* rotary;  // (positions, head_dim / 2, 2): cos, sin
+};
+
+struct Step {
+    int64_t rows, position, threads;
+    int64_t capacity_rows, capacity_positions;  // of the caches
+    int64_t width;           // of one row of `wide` and of `packed`
+    int64_t bias_length;     // 0, or the columns of `bias`
+    float* h;                // (rows, dim): the input, then the residual stream
+    float* wide;             // (rows, width)
+    uint32_t* packed;        // (rows, width): the input of the next product
+    float* row_scale;        // (rows,)
+    uint32_t* keys;          // (layers, rows, kv_heads, positions / 16, words of a head, 16)
+    uint32_t* values;        // (layers, rows, kv_heads, words of the positions, blocks of a head, 16)
+    const float* bias;       // (rows, bias_length): 0, or -inf where a condition is padded
+    float* logits;           // (rows, vocab)
+};
+
+}  // extern "C"
+
+namespace {
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+
+class Barrier {
+  public:
+    explicit Barrier(int count) : count_(count) {}
+    void wait() {
+        const int turn = turn_.load(std::memory_order_acquire);
+        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+            waiting_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; spins++) {
+            if (spins > 4000) std::this_thread::yield();  // somebody else has our partner's core
+#if defined(__x86_64__)
+            else __builtin_ia32_pause();
+#endif
+        }
+    }
+
+  private:
+    const int count_;
+    std::atomic<int> waiting_{0}, turn_{0};
+};
+
+// Threads that live as long as the process and run one job together.
+class Pool {
+  public:
+    template <class Job>
+    void run(int threads, const Job& job) {
+        std::lock_guard<std::mutex> one(running_);
+        if (threads <= 1) return job(0);
+        struct Call {
+            static void go(const void* job, int thread) { (*static_cast<const Job*>(job))(thread); }
+        };
+        while (int(workers_.size()) < threads - 1) {
+            const int id = int(workers_.size()) + 1;
+            workers_.emplace_back([this, id] { work(id); });
+            workers_.back().detach();
+        }
+        left_.store(threads - 1, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job, call_ = &Call::go, threads_ = threads, round_++;
+        }
+        wake_.notify_all();
+        job(0);
+        while (left_.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+
+  private:
+    void work(int id) {
+        uint64_t seen = 0;
+        for (;;) {
+            const void* job;
+            void (*call)(const void*, int);
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return round_ != seen && id < threads_; });
+                seen = round_, job = job_, call = call_;
+            }
+            call(job, id);
+            left_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    std::mutex running_, mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+    const void* job_ = nullptr;
+    void (*call_)(const void*, int) = nullptr;
+    int threads_ = 0;
+    uint64_t round_ = 0;
+    std::atomic<int> left_{0};
+};
+
+Pool& pool() {
+    static Pool* pool = new Pool;  // never destroyed: its threads wait on it until the process ends
+    return *pool;
+}
+
+// ---- the step --------------------------------------------------------------------------------------------------------
+
+template <class Weights, bool ROUNDED>
+class Decoder {
+    typedef std::conditional_t<ROUNDED, BF16, F32> Cached;  // format of queries, keys, values
+
+  public:
+    Decoder(const Model& model, const Step& step)
+        : m(model), s(step), barrier(int(step.threads)), turns(PHASES * step_phases()) {}
+
+    void run() {
+        pool().run(int(s.threads), [this](int) { work(); });
+    }
+
+  private:
+    static constexpr int PHASES = 9;
+    const Model& m;
+    const Step& s;
+    Barrier barrier;
+    std::vector<std::atomic<int64_t>> turns;  // one counter for each phase of the step
+
+    int64_t step_phases() const { return m.layers + 1; }
+
+    // All threads together: body(0) .. body(count - 1), whoever is free; then wait for each other.
+    template <class Body>
+    void each(int64_t& phase, int64_t count, const Body& body) {
+        std::atomic<int64_t>& turn = turns[phase++];
+        for (int64_t i; (i = turn.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+        barrier.wait();
+    }
+
+    static inline Floats round(Floats v) { return ROUNDED ? to_bf16(v) : v; }
+    static inline float round(float v) { return ROUNDED ? to_bf16(v) : v; }
+
+    void work() {
+        int64_t phase = 0;
+        for (int64_t i = 0; i < m.layers; i++) {
+            const Layer& layer = m.layer[i];
+            each(phase, s.rows, [&](int64_t r) { normalise(r, layer.attention_norm); });
+            product(phase, layer.qkv, [&](int64_t r, int64_t block, Floats a, Floats b) {
+                float* out = s.wide + r * s.width + block * LANES;
+                store(out, round(a)), store(out + LANES, round(b));
+            });
+            each(phase, s.rows * m.kv_heads, [&](int64_t item) { attend(i, item / m.kv_heads, item % m.kv_heads); });
+            each(phase, s.rows, [&](int64_t r) { pack(r, s.wide + r * s.width, m.heads * m.head_dim); });
+            product(phase, layer.out, [&](int64_t r, int64_t b, Floats x, Floats y) { add(r, b, x, y); });
+            each(phase, s.rows, [&](int64_t r) { normalise(r, layer.ffn_norm); });
+            product(phase, layer.gate, [&](int64_t r, int64_t block, Floats a, Floats b) {
+                a = round(a), b = round(b);
+                store(s.wide + r * s.width + block / 2 * LANES, round(round(a / (1.0f + exponential(-a))) * b));
+            });
+            each(phase, s.rows, [&](int64_t r) { pack(r, s.wide + r * s.width, m.hidden); });
+            product(phase, layer.down, [&](int64_t r, int64_t b, Floats x, Floats y) { add(r, b, x, y); });
+        }
+        each(phase, s.rows, [&](int64_t r) { normalise(r, m.norm); });
+        product(phase, m.head, [&](int64_t r, int64_t block, Floats a, Floats b) {
+            put(s.logits + r * m.vocab, block * LANES, m.vocab, round(a));
+            put(s.logits + r * m.vocab, block * LANES + LANES, m.vocab, round(b));
+        });
+    }
+
+    static void put(float* row, int64_t first, int64_t length, Floats v) {
+        if (first + LANES <= length) return store(row + first, v);
+        for (int64_t i = first; i < length; i++) row[i] = v[i - first];
+    }
+
+    void add(int64_t r, int64_t block, Floats a, Floats b) {
+        float* row = s.h + r * m.dim;
+        for (int half = 0; half < 2; half++) {
+            const int64_t first = (block + half) * LANES;
+            const Floats more = round(half ? b : a);
+            if (first + LANES <= m.dim) store(row + first, round(load(row + first) + more));
+            else for (int64_t i = first; i < m.dim; i++) row[i] = round(row[i] + more[i - first]);
+        }
+    }
+
+    // RMSNorm of row r, packed for the next product.
+    void normalise(int64_t r, const float* weight) {
+        const float* h = s.h + r * m.dim;
+        Floats squares{};
+        int64_t i = 0;
+        for (; i + LANES <= m.dim; i += LANES) squares += load(h + i) * load(h + i);
+        float sum = total(squares);
+        for (; i < m.dim; i++) sum += h[i] * h[i];
+        const float scale = 1.0f / std::sqrt(sum / float(m.dim) + m.eps);
+        float* out = s.wide + r * s.width;
+        for (i = 0; i + LANES <= m.dim; i += LANES)
+            store(out + i, round(round(load(h + i) * scale) * load(weight + i)));
+        for (; i < m.dim; i++) out[i] = round(round(h[i] * scale) * weight[i]);
+        pack(r, out, m.dim);
+    }
+
+    // Row r of the next product's input, in the format of the weights; padding words are zero.
+    void pack(int64_t r, const float* x, int64_t count) {
+        uint32_t* words = s.packed + r * s.width;
+        if (Weights::PER == 1) {
+            std::memcpy(words, x, count * sizeof(float));
+        } else if (Weights::PER == 2) {
+            pack_bf16(words, x, count);
+        } else {
+            pack_int8(r, words, x, count);
+        }
+    }
+
+    static void pack_bf16(uint32_t* words, const float* x, int64_t count) {
+        for (int64_t i = 0; i + 1 < count; i += 2)
+            words[i / 2] = bits<uint32_t>(to_bf16(x[i])) >> 16 | bits<uint32_t>(to_bf16(x[i + 1]));
+        if (count % 2) words[count / 2] = bits<uint32_t>(to_bf16(x[count - 1])) >> 16;
+    }
+
+    void pack_int8(int64_t r, uint32_t* words, const float* x, int64_t count) {
+        float largest = 0;
+        for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        s.row_scale[r] = largest / 127.0f;
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+        for (int64_t i = 0; i < count; i++) bytes[i] = uint8_t(int32_t(x[i] * inverse + 128.5f));
+        for (int64_t i = count; i % 4; i++) bytes[i] = 128;  // the weights there are zero
+    }
+
+    // outputs of `matrix` for all rows: done(row, block, values of the block, values of the next block).
+    template <class Done>
+    void product(int64_t& phase, const Matrix& matrix, const Done& done) {
+        each(phase, matrix.blocks / 2, [&](int64_t pair) {
+            for (int64_t r = 0; r < s.rows;) {
+                const int64_t left = s.rows - r;
+                // 9 .. 15 rows are split evenly rather than into 8 and a rest
+                const int64_t take = left >= 16 || left <= 8 ? std::min<int64_t>(left, 8) : (left + 1) / 2;
+                switch (take) {
+                    case 8: rows<8>(matrix, pair * 2, r, done); break;
+                    case 7: rows<7>(matrix, pair * 2, r, done); break;
+                    case 6: rows<6>(matrix, pair * 2, r, done); break;
+                    case 5: rows<5>(matrix, pair * 2, r, done); break;
+                    case 4: rows<4>(matrix, pair * 2, r, done); break;
+                    case 3: rows<3>(matrix, pair * 2, r, done); break;
+                    case 2: rows<2>(matrix, pair * 2, r, done); break;
+                    default: rows<1>(matrix, pair * 2, r, done);
+                }
+                r += take;
+            }
+        });
+    }
+
+    template <int M, class Done>
+    void rows(const Matrix& matrix, int64_t block, int64_t first, const Done& done) {
+        typename Weights::Sum sums[M][2] = {};
+        const int64_t size = matrix.words * LANES;
+        tile<Weights, M, 2>(sums, s.packed + first * s.width, s.width, matrix.data + block * size, size, LANES,
+                            matrix.words);
+        for (int i = 0; i < M; i++)
+            done(first + i, block, value(sums[i][0], matrix, first + i, block),
+                 value(sums[i][1], matrix, first + i, block + 1));
+    }
+
+    Floats value(Floats sum, const Matrix&, int64_t, int64_t) const { return sum; }
+    Floats value(Ints sum, const Matrix& matrix, int64_t r, int64_t block) const {
+        const Floats exact = __builtin_convertvector(sum, Floats) - load(matrix.offset + block * LANES);
+        return exact * load(matrix.scale + block * LANES) * s.row_scale[r];
+    }
+
+    // Rotate `x` (head_dim,) by the angles of the position and pack it.
+    void rotate(const float* x, uint32_t* words) const {
+        const float* angle = m.rotary + s.position * m.head_dim;
+        for (int64_t i = 0; i < m.head_dim; i += 2) {
+            const float even = round(x[i] * angle[i] - x[i + 1] * angle[i + 1]);
+            const float odd = round(x[i + 1] * angle[i] + x[i] * angle[i + 1]);
+            if (ROUNDED) {
+                words[i / 2] = bits<uint32_t>(even) >> 16 | bits<uint32_t>(odd);
+            } else {
+                words[i] = bits<uint32_t>(even), words[i + 1] = bits<uint32_t>(odd);
+            }
+        }
+    }
+
+    // Attention of the query heads that share key head `g` in row `r`; the result replaces their queries.
+    void attend(int64_t layer, int64_t r, int64_t g) {
+        const int64_t group = m.heads / m.kv_heads, words = m.head_dim / Cached::PER;
+        const int64_t blocks = (m.head_dim + LANES - 1) / LANES, spots = s.capacity_positions;
+        const int64_t item = (layer * s.capacity_rows + r) * m.kv_heads + g;
+        uint32_t* keys = s.keys + item * spots * words;
+        uint32_t* values = s.values + item * (spots / Cached::PER) * blocks * LANES;
+        float* row = s.wide + r * s.width;
+        remember(row, g, keys, values, words, blocks);
+
+        const int64_t length = s.position + 1, padded = (length + LANES - 1) / LANES * LANES;
+        static thread_local std::vector<uint32_t> scratch;
+        scratch.resize(words + padded * 2);
+        uint32_t* packed = scratch.data() + words;  // probabilities, in the format of the values
+        float* scores = reinterpret_cast<float*>(packed + padded);
+        for (int64_t head = g * group; head < (g + 1) * group; head++) {
+            rotate(row + head * m.head_dim, scratch.data());
+            score(scratch.data(), keys, words, padded, scores);
+            const float sum = soften(scores, length, padded, r);
+            if (ROUNDED) pack_bf16(packed, scores, padded);
+            else std::memcpy(packed, scores, padded * sizeof(float));
+            mix(packed, values, (length + Cached::PER - 1) / Cached::PER, blocks, 1.0f / sum, row + head * m.head_dim);
+        }
+    }
+
+    // Store key and value of this position.
+    void remember(const float* row, int64_t g, uint32_t* keys, uint32_t* values, int64_t words, int64_t blocks) const {
+        const float* key = row + (m.heads + g) * m.head_dim;
+        const float* value = row + (m.heads + m.kv_heads + g) * m.head_dim;
+        static thread_local std::vector<uint32_t> rotated;
+        rotated.resize(words);
+        rotate(key, rotated.data());
+        uint32_t* column = keys + s.position / LANES * words * LANES + s.position % LANES;
+        for (int64_t i = 0; i < words; i++) column[i * LANES] = rotated[i];
+        uint32_t* slot = values + s.position / Cached::PER * blocks * LANES;
+        for (int64_t i = 0; i < m.head_dim; i++) {
+            const uint32_t word = bits<uint32_t>(value[i]);
+            if (!ROUNDED) slot[i] = word;
+            else if (s.position % 2) slot[i] = (slot[i] & 0xffffu) | word;
+            else slot[i] = word >> 16;  // and nothing in the other half, whatever stood there
+        }
+    }
+
+    void score(const uint32_t* query, const uint32_t* keys, int64_t words, int64_t padded, float* scores) const {
+        const float scale = 1.0f / std::sqrt(float(m.head_dim));
+        const int64_t size = words * LANES, count = padded / LANES;
+        int64_t block = 0;
+        for (; block + 4 <= count; block += 4) score_blocks<4>(query, keys, size, words, block, scale, scores);
+        for (; block < count; block++) score_blocks<1>(query, keys, size, words, block, scale, scores);
+    }
+
+    template <int N>
+    static void score_blocks(const uint32_t* query, const uint32_t* keys, int64_t size, int64_t words, int64_t block,
+                             float scale, float* scores) {
+        Floats sums[1][N] = {};
+        tile<Cached, 1, N>(sums, query, 0, keys + block * size, size, LANES, words);
+        for (int n = 0; n < N; n++) store(scores + (block + n) * LANES, sums[0][n] * scale);
+    }
+
+    // Scores to exponentials relative to the best one, zero from `length` on; returns their sum.
+    float soften(float* scores, int64_t length, int64_t padded, int64_t r) const {
+        for (int64_t i = 0; i < std::min(length, s.bias_length); i++) scores[i] += s.bias[r * s.bias_length + i];
+        for (int64_t i = length; i < padded; i++) scores[i] = -std::numeric_limits<float>::infinity();
+        float best = scores[0];
+        for (int64_t i = 1; i < length; i++) best = std::max(best, scores[i]);
+        Floats sum{};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            const Floats e = exponential(load(scores + i) - best);
+            sum += e;
+            store(scores + i, e);
+        }
+        return total(sum);
+    }
+
+    // out (head_dim,) = the values weighted with `packed`, times `scale`.
+    void mix(const uint32_t* packed, const uint32_t* values, int64_t count, int64_t blocks, float scale,
+             float* out) const {
+        int64_t block = 0;
+        for (; block + 4 <= blocks; block += 4) mix_blocks<4>(packed, values, count, blocks, block, scale, out);
+        for (; block < blocks; block++) mix_blocks<1>(packed, values, count, blocks, block, scale, out);
+    }
+
+    template <int N>
+    void mix_blocks(const uint32_t* packed, const uint32_t* values, int64_t count, int64_t blocks, int64_t block,
+                    float scale, float* out) const {
+        Floats sums[1][N] = {};
+        tile<Cached, 1, N>(sums, packed, 0, values + block * LANES, LANES, blocks * LANES, count);
+        for (int n = 0; n < N; n++) put(out, (block + n) * LANES, m.head_dim, round(sums[0][n] * scale));
+    }
+};
+
+// ---- drawing ---------------------------------------------------------------------------------------------------------
+
+// Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011).
+inline void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = uint64_t(0xD2511F53u) * c[0], b = uint64_t(0xCD9E8D57u) * c[2];
+        const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ key0, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key1,
+                                  uint32_t(a)};
+        std::memcpy(c, next, sizeof c);
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+}
+
+// Order-preserving integer of a float.
+inline uint32_t ranked(float v) {
+    const uint32_t w = bits<uint32_t>(v);
+    return w & 0x80000000u ? ~w : w | 0x80000000u;
+}
+
+// The k-th largest of `count` values, as ranked(): a histogram of the leading bits, then a partition of one bin.
+uint32_t kth_largest(const float* x, int64_t count, int64_t k, std::vector<uint32_t>& bin) {
+    constexpr int SHIFT = 20;
+    std::vector<int32_t> histogram(1 << (32 - SHIFT), 0);
+    for (int64_t i = 0; i < count; i++) histogram[ranked(x[i]) >> SHIFT]++;
+    int64_t above = 0;
+    uint32_t which = uint32_t(histogram.size()) - 1;
+    while (above + histogram[which] < k) above += histogram[which--];
+    bin.clear();
+    for (int64_t i = 0; i < count; i++)
+        if (ranked(x[i]) >> SHIFT == which) bin.push_back(ranked(x[i]));
+    std::nth_element(bin.begin(), bin.begin() + (k - above - 1), bin.end(), std::greater<uint32_t>());
+    return bin[k - above - 1];
+}
+
+// One token of `logits` (vocab,): the best, or with `seed` argmax of p / e, e exponential by (seed, position, token).
+int64_t draw_row(const float* logits, int64_t vocab, float temperature, int64_t top_k, const uint64_t* seed,
+                 uint32_t position, float* x, std::vector<uint32_t>& bin) {
+    float best = -std::numeric_limits<float>::infinity();
+    int64_t token = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        x[i] = logits[i] / temperature;
+        if (x[i] > best) best = x[i], token = i;
+    }
+    if (!seed) return token;
+    const uint32_t least = top_k > 0 && top_k < vocab ? kth_largest(x, vocab, top_k, bin) : 0;
+    float winner = -1;
+    int64_t block = -1;
+    uint32_t random[4] = {};
+    for (int64_t i = 0; i < vocab; i++) {
+        if (ranked(x[i]) < least) continue;
+        if (i / 4 != block) {
+            block = i / 4;
+            random[0] = uint32_t(block), random[1] = position, random[2] = random[3] = 0;
+            philox(random, uint32_t(*seed), uint32_t(*seed >> 32));
+        }
+        const float share = std::exp(x[i] - best), u = (float(random[i % 4]) + 0.5f) * 0x1p-32f;
+        if (share <= winner * u) continue;  // e = -log(1 - u) is at least u
+        const float ratio = share / -std::log1p(-u);
+        if (ratio > winner) winner = ratio, token = i;
+    }
+    return token;
+}
+
+}  // namespace
+
+extern "C" {
+
+void decode_step(const Model* model, const Step* step) {
+    if (model->int8) {
+        if (model->rounded) Decoder<I8, true>(*model, *step).run();
+        else Decoder<I8, false>(*model, *step).run();
+    } else if (model->rounded) {
+        Decoder<BF16, true>(*model, *step).run();
+    } else {
+        Decoder<F32, false>(*model, *step).run();
+    }
+}
+
+// tokens (rows,) of logits (rows, vocab); seeds (rows,) or null for the best token.
+void draw_tokens(const float* logits, int64_t rows, int64_t vocab, float temperature, int64_t top_k,
+                 const uint64_t* seeds, int64_t position, int64_t threads, int64_t* tokens) {
+    std::atomic<int64_t> turn{0};
+    pool().run(int(std::min(threads, rows)), [&](int) {
+        std::vector<float> x(vocab);
+        std::vector<uint32_t> bin;
+        for (int64_t r; (r = turn.fetch_add(1)) < rows;)
+            tokens[r] = draw_row(logits + r * vocab, vocab, temperature, top_k, seeds ? seeds + r : nullptr,
+                                 uint32_t(position), x.data(), bin);
+    });
+}
+
+// What the compiler was allowed to use: 1 AVX-512 BF16, 2 AVX-512 VNNI, 4 AVX-512, 8 AVX2.
+int32_t instruction_sets() {
+    int32_t sets = 0;
+#if defined(__AVX512BF16__)
+    sets |= 1;
+#endif
+#if defined(__AVX512VNNI__)
+    sets |= 2;
+#endif
+#if defined(__AVX512F__)
+    sets |= 4;
+#endif
+#if defined(__AVX2__)
+    sets |= 8;
+#endif
+    return sets;
+}
+
+}  // extern "C"

@@ -1,0 +1,254 @@
+"""The decoding step in C++, for CPUs: float32 or bfloat16 with the numerics of the model, or int8 weights."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.engine import compiler
+from autoregressive.engine.packing import (
+    LANES,
+    PER_WORD,
+    Matrix,
+    Packed,
+    interleave,
+    pack_keys,
+    pack_matrix,
+    pack_values,
+    round_up,
+)
+from autoregressive.models.cache import DecodeCache
+from autoregressive.models.engine import Engine
+from autoregressive.models.gpt import Transformer
+from autoregressive.models.noise import ImageNoise
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("qkv", "out", "gate", "down")),
+        ("attention_norm", ctypes.c_void_p),
+        ("ffn_norm", ctypes.c_void_p),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")),
+        ("eps", ctypes.c_float),
+        ("int8", ctypes.c_int32),
+        ("rounded", ctypes.c_int32),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("head", Matrix),
+        ("norm", ctypes.c_void_p),
+        ("rotary", ctypes.c_void_p),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("rows", "position", "threads", "capacity_rows", "capacity_positions")),
+        *((n, ctypes.c_int64) for n in ("width", "bias_length")),
+        *((n, ctypes.c_void_p) for n in ("h", "wide", "packed", "row_scale", "keys", "values", "bias", "logits")),
+    ]
+
+
+class PackedModel:
+    """All weights of a model in the order of the C++ step; `structure` points into them."""
+
+    def __init__(self, model: Transformer, quantize: str) -> None:
+        config = model.config
+        self.activation_dtype = model.tok_embeddings.weight.dtype
+        weight_dtype = torch.int8 if quantize == "int8" else self.activation_dtype
+        self._kept: list[Any] = []
+        self.weight_bytes = 0
+
+        def matrix(packed: Packed) -> Matrix:
+            self._kept.append(packed)
+            self.weight_bytes += packed.nbytes
+            return packed.structure()
+
+        def vector(values: Tensor) -> int:
+            self._kept.append(values.detach().float().contiguous())
+            return self._kept[-1].data_ptr()
+
+        def pack(linear: torch.nn.Linear) -> Packed:
+            return pack_matrix(linear.weight.detach(), weight_dtype)
+
+        self._layers = (_Layer * config.n_layer)()
+        for structure, block in zip(self._layers, model.layers):
+            attention, feed_forward = block.attention, block.feed_forward
+            structure.qkv, structure.out = matrix(pack(attention.wqkv)), matrix(pack(attention.wo))
+            structure.gate = matrix(interleave(pack(feed_forward.w1), pack(feed_forward.w3)))
+            structure.down = matrix(pack(feed_forward.w2))
+            structure.attention_norm = vector(block.attention_norm.weight)
+            structure.ffn_norm = vector(block.ffn_norm.weight)
+        qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.width = round_up(max(qkv_width, config.ffn_hidden, config.dim), 2 * LANES) + LANES
+        self.structure = _Model(
+            config.dim, config.n_layer, config.n_head, config.kv_heads, config.head_dim, config.ffn_hidden,
+            config.vocab_size, config.norm_eps, weight_dtype == torch.int8, self.activation_dtype == torch.bfloat16,
+            ctypes.cast(self._layers, ctypes.POINTER(_Layer)), matrix(pack(model.output)), vector(model.norm.weight),
+            vector(model.freqs_cis),
+        )  # fmt: skip
+
+
+class NativeCache:
+    """Keys, values and work space of the C++ step for up to `rows` sequences of `positions`."""
+
+    def __init__(self, model: Transformer, packed: PackedModel, rows: int, positions: int) -> None:
+        config, dtype = model.config, packed.activation_dtype
+        self.rows, self.positions, self.length = rows, round_up(positions, LANES), 0
+        per, heads = PER_WORD[dtype], (config.n_layer, rows, config.kv_heads)
+        blocks = -(-config.head_dim // LANES)
+        self.keys = torch.zeros(*heads, self.positions // LANES, config.head_dim // per, LANES, dtype=torch.int32)
+        self.values = torch.zeros(*heads, self.positions // per, blocks, LANES, dtype=torch.int32)
+        self.h = torch.empty(rows, config.dim)
+        self.wide, self.packed = torch.zeros(rows, packed.width), torch.zeros(rows, packed.width)
+        self.row_scale = torch.empty(rows)
+        self.bias: Tensor | None = None
+
+    def take(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values (rows, kv_heads, P, head_dim) of the first P positions."""
+        packed = pack_keys(keys), pack_values(values)
+        for store, new in zip((self.keys, self.values), packed):
+            store[layer, : new.shape[0], :, : new.shape[2]] = new
+
+
+class NativeEngine(Engine):
+    """Computes single tokens in C++; conditions of several positions are computed by the model.
+
+    `quantize` "int8" holds the matrices as int8 with a scale per output, and multiplies them with activations that are
+    rounded to int8 with a scale per row; keys and values stay in the model's format.
+
+    Raises:
+        ValueError: a model that is not on the CPU, or not float32 or bfloat16.
+        CannotCompile: no compiler.
+    """
+
+    name = "native"
+
+    def __init__(self, model: Transformer, quantize: str = "none", machine: tuple[str, ...] = compiler.NATIVE) -> None:
+        super().__init__(model)
+        if reason := unsupported(model):
+            raise ValueError(reason)
+        self.quantize = quantize
+        self._library, self.compile_seconds = compiler.load(machine)
+        self._packed: PackedModel | None = None
+        self._packed_from: tuple[tuple[int, int], ...] = ()
+        self._native_cache: NativeCache | None = None
+
+    def warm_up(self) -> None:
+        """Pack the weights."""
+        _ = self.packed
+
+    @property
+    def packed(self) -> PackedModel:
+        """The packed weights, made anew when the model's own have changed."""
+        stamp = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if self._packed is None or stamp != self._packed_from:
+            self._packed = self._native_cache = None
+            self._packed, self._packed_from = PackedModel(self.model, self.quantize), stamp
+        return self._packed
+
+    def new_cache(
+        self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None
+    ) -> NativeCache:
+        """Empty caches, those of the last call if they are large enough."""
+        packed, cache = self.packed, self._native_cache
+        if cache is None or cache.rows < rows or cache.positions < positions:
+            self._native_cache = None
+            cache = self._native_cache = NativeCache(self.model, packed, rows, positions)
+        cache.length, cache.bias = 0, None
+        if key_mask is not None:
+            prefix = key_mask[:, : self.model.cls_token_num]
+            cache.bias = torch.zeros(prefix.shape).masked_fill_(~prefix, -torch.inf)
+        return cache
+
+    def __call__(
+        self,
+        idx: Tensor | None,
+        cond_idx: Tensor | None,
+        input_pos: Tensor,
+        *,
+        cache: NativeCache,
+        last_only: bool = False,
+    ) -> tuple[Tensor, None]:
+        if idx is not None:
+            return self._step(self.model.tok_embeddings(idx)[:, 0], cache), None
+        if self.model.model_type == "c2i":
+            return self._step(self.model.cls_embedding(cond_idx, train=False)[:, 0], cache), None
+        return self._read_condition(cond_idx, cache), None
+
+    def _read_condition(self, cond: Tensor, cache: NativeCache) -> Tensor:
+        """Logits (rows, 1, V) after a condition of several positions, whose keys and values go into `cache`."""
+        model, rows, prefix = self.model, cond.shape[0], self.model.cls_token_num
+        mask = None if cache.bias is None else cache.bias == 0
+        own = DecodeCache.allocate(model.config, rows, prefix, self.packed.activation_dtype, cond.device, mask)
+        logits, _ = model(None, cond, torch.arange(prefix), cache=own, last_only=True)
+        for i, layer in enumerate(own.layers):
+            cache.take(i, layer.k_cache, layer.v_cache)
+        cache.length = prefix
+        return logits
+
+    def _step(self, h: Tensor, cache: NativeCache) -> Tensor:
+        """Float32 logits (rows, 1, V) after the input `h` (rows, dim) at the next position."""
+        packed, rows = self._packed, h.shape[0]
+        assert packed is not None
+        if cache.length >= cache.positions or rows > cache.rows:
+            raise ValueError(f"the cache has {cache.positions} positions, too few for {cache.length + 1}")
+        cache.h[:rows] = h
+        logits = torch.empty(rows, 1, self.model.vocab_size)
+        bias = cache.bias
+        tensors = (cache.h, cache.wide, cache.packed, cache.row_scale, cache.keys, cache.values, bias, logits)
+        step = _Step(
+            rows, cache.length, torch.get_num_threads(), cache.rows, cache.positions, packed.width,
+            0 if bias is None else bias.shape[1], *(None if t is None else t.data_ptr() for t in tensors),
+        )  # fmt: skip
+        self._library.decode_step(ctypes.byref(packed.structure), ctypes.byref(step))
+        cache.length += 1
+        return logits
+
+    def sample(self, logits: Tensor, **sampling: Any) -> tuple[Tensor, Tensor | None]:
+        """As `sampling.sample`; the common case is drawn in C++, without the probabilities."""
+        if not _drawn_natively(**sampling):
+            return super().sample(logits, **sampling)
+        noise = sampling.get("generators")
+        last = logits[:, -1].contiguous()
+        if noise is not None and len(noise) != len(last):
+            raise ValueError(f"expected one generator per image, got {len(noise)} for {len(last)} images")
+        tokens = torch.empty(len(last), 1, dtype=torch.int64)
+        drawn = sampling.get("sample_logits", True)
+        self._library.draw_tokens(
+            ctypes.c_void_p(last.data_ptr()), ctypes.c_int64(last.shape[0]), ctypes.c_int64(last.shape[1]),
+            ctypes.c_float(max(sampling.get("temperature", 1.0), 1e-5)), ctypes.c_int64(sampling.get("top_k") or 0),
+            ctypes.c_void_p(noise.seeds.data_ptr() if drawn else None),
+            ctypes.c_int64(noise.advance() if drawn else 0), ctypes.c_int64(torch.get_num_threads()),
+            ctypes.c_void_p(tokens.data_ptr()),
+        )  # fmt: skip
+        return tokens, None
+
+
+def _drawn_natively(
+    temperature: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    sample_logits: bool = True,
+    generators: Any = None,
+    **others: Any,
+) -> bool:
+    """Whether the C++ sampler knows these options: the best token, or temperature and top-k with counted noise."""
+    plain = not any(others.values())
+    return plain and (not sample_logits or (top_p >= 1.0 and isinstance(generators, ImageNoise)))
+
+
+def unsupported(model: Transformer) -> str | None:
+    """Why the C++ step cannot compute this model, or None."""
+    weight = model.tok_embeddings.weight
+    if weight.device.type != "cpu":
+        return f"the native engine computes on the CPU; the model is on {weight.device}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the native engine computes in float32 or bfloat16, not in {weight.dtype}"
+    return None
