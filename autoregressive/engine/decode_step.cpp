@@ -114,20 +114,26 @@ struct I8 {  // weights are signed; activations are unsigned with 128 for zero, 
 };
 
 // sums[m][n] += over `words` steps: weight vector n (at w + n * block, advancing by `stride`) times word of row m.
-template <class Format, int M, int N>
+// With AHEAD the vectors that many words further on are fetched into the cache meanwhile.
+template <class Format, int M, int N, bool AHEAD = false>
 inline void tile(typename Format::Sum (&sums)[M][N], const uint32_t* x, int64_t row, const uint32_t* w, int64_t block,
-                 int64_t stride, int64_t words) {
+                 int64_t stride, int64_t words, int64_t ahead = 0) {
+    typename Format::Sum own[M][N];  // registers: the compiler cannot know that `sums` is apart from the weights
+    std::memcpy(&own, &sums, sizeof own);
     for (int64_t k = 0; k < words; k++) {
         Words weights[N];
+        if (AHEAD)
+            for (int n = 0; n < N; n++) __builtin_prefetch(w + n * block + k * stride + ahead, 0, 2);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) weights[n] = *reinterpret_cast<const Words*>(w + n * block + k * stride);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             const uint32_t word = x[m * row + k];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) sums[m][n] = Format::dot(sums[m][n], weights[n], word);
+            for (int n = 0; n < N; n++) own[m][n] = Format::dot(own[m][n], weights[n], word);
         }
     }
+    std::memcpy(&sums, &own, sizeof own);
 }
 
 }  // namespace
@@ -288,7 +294,9 @@ class Decoder {
     template <class Body>
     void each(int64_t& phase, int64_t count, const Body& body) {
         std::atomic<int64_t>& turn = turns[phase++];
-        for (int64_t i; (i = turn.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+        const int64_t chunk = std::max<int64_t>(1, count / (s.threads * 4));  // neighbours in memory stay together
+        for (int64_t i; (i = turn.fetch_add(chunk, std::memory_order_relaxed)) < count;)
+            for (int64_t j = i; j < std::min(i + chunk, count); j++) body(j);
         barrier.wait();
     }
 
@@ -408,8 +416,9 @@ class Decoder {
     void rows(const Matrix& matrix, int64_t block, int64_t first, const Done& done) {
         typename Weights::Sum sums[M][2] = {};
         const int64_t size = matrix.words * LANES;
-        tile<Weights, M, 2>(sums, s.packed + first * s.width, s.width, matrix.data + block * size, size, LANES,
-                            matrix.words);
+        const uint32_t *x = s.packed + first * s.width, *w = matrix.data + block * size;
+        if (first == 0) tile<Weights, M, 2, true>(sums, x, s.width, w, size, LANES, matrix.words, 2 * size);
+        else tile<Weights, M, 2>(sums, x, s.width, w, size, LANES, matrix.words);
         for (int i = 0; i < M; i++)
             done(first + i, block, value(sums[i][0], matrix, first + i, block),
                  value(sums[i][1], matrix, first + i, block + 1));
