@@ -151,7 +151,11 @@ def variants(model: Transformer, args: argparse.Namespace) -> dict[str, tuple[En
 
 
 def measure_batch(
-    model: Transformer, engines: dict[str, tuple[Engine, float]], batch: int, args: argparse.Namespace, device: torch.device
+    model: Transformer,
+    engines: dict[str, tuple[Engine, float]],
+    batch: int,
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, dict[str, float]]:
     """Seconds of prefill and per step by name: the plain decoder, then all engines, `--repeats` times; the shortest."""
     labels = torch.arange(batch, device=device) * 37 % 1000
@@ -165,7 +169,11 @@ def measure_batch(
 
 
 def report(
-    model: Transformer, batch: int, times: dict[str, dict[str, float]], ceilings: dict[str, float], args: argparse.Namespace
+    model: Transformer,
+    batch: int,
+    times: dict[str, dict[str, float]],
+    ceilings: dict[str, float],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Print the table of one batch size and return its numbers."""
     rows, steps = batch * (2 if args.cfg_scale > 1 else 1), model.block_size - 1

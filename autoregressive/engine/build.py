@@ -40,7 +40,8 @@ def make_engine(model: Transformer, engine: str = "auto", quantize: str = "none"
         ValueError: an engine that cannot compute this model, or a quantization that the engine does not have.
     """
     if engine not in ENGINES or quantize not in QUANTIZE:
-        raise ValueError(f"engines are {', '.join(ENGINES)} and quantize is {', '.join(QUANTIZE)}; got {engine!r}, {quantize!r}")
+        known = f"engines are {', '.join(ENGINES)}, quantizations {', '.join(QUANTIZE)}"
+        raise ValueError(f"{known}; got {engine!r} and {quantize!r}")
     if engine == "auto":
         return _automatic(model, quantize)
     if engine == "native":

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from autoregressive.build import add_gpt_args, load_gpt, require_null_class
+from autoregressive.engine.build import add_engine_args, make_engine
+from autoregressive.models.engine import Engine
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.noise import ImageNoise
 from autoregressive.models.sampling import min_p_filtering
 from autoregressive.models.schedules import SCHEDULES, share
 from tokenizer.build import add_vq_args, load_tokenizer
@@ -69,6 +72,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, t
     group.add_argument(
         "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="format of the GPT's weights"
     )
+    add_engine_args(parser)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, *heat)} | {"sample_logits": True}
 
 
-def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, VQModel]:
+def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Engine, VQModel]:
     """The GPT and the tokenizer of `args`, ready to draw on `device`.
 
     Raises:
@@ -103,16 +107,16 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Transfo
     require_null_class(gpt, args)
     if args.compile:
         gpt.compile()
-    return gpt, tokenizer
+    return make_engine(gpt, args.engine, args.quantize), tokenizer
 
 
-def image_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """The random generator of each image: made of its seed alone."""
-    return [torch.Generator(device).manual_seed(mix_seed(seed)) for seed in seeds]
+def image_generators(seeds: Sequence[int], device: torch.device) -> ImageNoise:
+    """The randomness of each image: made of its seed alone."""
+    return ImageNoise([mix_seed(seed) for seed in seeds], device)
 
 
 def sample_codes(
-    gpt: Transformer,
+    gpt: Transformer | Engine,
     labels: Tensor,
     args: argparse.Namespace,
     seeds: Sequence[int] | None,
