@@ -52,12 +52,13 @@ def find_weights(path: str | Path | None = None, url: str = URL) -> Path:
         ValueError: when the download fails or gives another file.
     """
     if is_main():
-        found = _find(path) or download(cache_folder() / FILE, url)
+        found = find_local(path) or download(cache_folder() / FILE, url)
     barrier()
-    return found if is_main() else _find(path) or download(cache_folder() / FILE, url)
+    return found if is_main() else find_local(path) or download(cache_folder() / FILE, url)
 
 
-def _find(path: str | Path | None) -> Path | None:
+def find_local(path: str | Path | None) -> Path | None:
+    """The weights file in one of the places of `find_weights`, or None; nothing is downloaded."""
     for given, whence in ((path, "--weights"), (os.environ.get(VARIABLE), VARIABLE)):
         if given:
             if not Path(given).is_file():

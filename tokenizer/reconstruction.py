@@ -43,6 +43,7 @@ class Autoencoder(NamedTuple):
     stride: int  # pixels per latent in each direction; image sizes must be multiples of it
     reconstruct: Reconstruct
     facts: Mapping[str, Any]  # what decides its pictures: flags, the hash of its weights
+    model: Any = None  # the network, where somebody may want its codes
 
 
 Load = Callable[[argparse.Namespace, torch.device], Autoencoder]
@@ -95,8 +96,8 @@ def reconstruct_data_set(args: argparse.Namespace, load: Load) -> Path:
     Raises:
         ValueError: a size that does not fit, or pictures of other settings in the folder.
     """
-    with _images_and_autoencoder(args, load) as (device, images, count, autoencoder):
-        padded = _padded_size(args, autoencoder.stride)
+    with images_and_autoencoder(args, load) as (device, images, count, autoencoder):
+        padded = padded_size(args, autoencoder.stride)
         size_eval, antialias = eval_size(args), getattr(args, "antialias", False)
 
         def draw(indices: list[int]) -> Drawn:
@@ -117,7 +118,7 @@ def reconstruct_data_set(args: argparse.Namespace, load: Load) -> Path:
 def copy_data_set(args: argparse.Namespace) -> Path:
     """Write the centre-cropped originals and their npz: what reconstructions are compared with for rFID."""
     originals = Autoencoder(f"val_{args.dataset}", 1, lambda images, _: images, {})
-    with _images_and_autoencoder(args, lambda *_: originals) as (_, images, count, _):
+    with images_and_autoencoder(args, lambda *_: originals) as (_, images, count, _):
 
         def draw(indices: list[int]) -> Drawn:
             return Drawn(to_uint8(images.get(indices)), [{"index": index} for index in indices])
@@ -138,9 +139,10 @@ def weights_hash(path: str) -> str | None:
 
 
 @contextmanager
-def _images_and_autoencoder(
+def images_and_autoencoder(
     args: argparse.Namespace, load: Load
 ) -> Iterator[tuple[torch.device, Prefetched, int, Autoencoder]]:
+    """The device, the images, how many of them count, and the tokenizer."""
     apply_threads(args)
     with process_group(args.device) as device, torch.inference_mode():
         dataset = build_dataset(args, transform=eval_transform(args.image_size))
@@ -176,7 +178,8 @@ def _settings(args: argparse.Namespace, images: Prefetched, autoencoder: Autoenc
     }
 
 
-def _padded_size(args: argparse.Namespace, stride: int) -> int:
+def padded_size(args: argparse.Namespace, stride: int) -> int:
+    """The edge to which images are padded: --image-size, or with --pad-to-stride the next multiple of `stride`."""
     if args.image_size < 1:
         raise ValueError(f"--image-size must be positive, found {args.image_size}")
     padded = math.ceil(args.image_size / stride) * stride
@@ -191,9 +194,13 @@ def _padded_size(args: argparse.Namespace, stride: int) -> int:
 def _reconstruct_padded(reconstruct: Reconstruct, images: Tensor, indices: Sequence[int], padded: int) -> Tensor:
     """`reconstruct`, with the border repeated at the right and below up to `padded` pixels and cut off again."""
     edge = images.shape[-1]
-    if padded != edge:
-        images = F.pad(images, (0, padded - edge, 0, padded - edge), mode="replicate")
-    return reconstruct(images, indices)[..., :edge, :edge].float()
+    return reconstruct(pad_to(images, padded), indices)[..., :edge, :edge].float()
+
+
+def pad_to(images: Tensor, edge: int) -> Tensor:
+    """Images (B, 3, H, H) with the border repeated at the right and below up to `edge` pixels."""
+    missing = edge - images.shape[-1]
+    return F.pad(images, (0, missing, 0, missing), mode="replicate") if missing else images
 
 
 def quality(outputs: Tensor, originals: Tensor) -> list[dict[str, float]]:

@@ -46,7 +46,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
         "vq_sha256": weights_hash(args.vq_ckpt),
         "decode_precision": args.decode_precision,
     }
-    return Autoencoder(name, model.stride, code_autoencoder(model, device, args.decode_precision), facts)
+    return Autoencoder(name, model.stride, code_autoencoder(model, device, args.decode_precision), facts, model)
 
 
 def parser() -> argparse.ArgumentParser:
