@@ -15,6 +15,9 @@ from torch import Tensor
 
 # Scores held at a time: 128 MiB of float32, whatever the number of tokens.
 _MAX_SCORES = 2**25
+# In the search on a CPU 4 MiB, which stay in its cache: 7 times as fast (docs/tokenizer.md).
+_CACHED_SCORES = 2**20
+_BLOCK = 128  # codes in a block of the search
 
 
 @contextmanager
@@ -72,14 +75,30 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, unit_length: bool) -> Tenso
         (N,) int64 in [0, K). No gradient passes.
     """
     vectors, codebook = at_least_float32(vectors), at_least_float32(codebook)
-    nearest = []
+    nearest = vectors.new_empty(len(vectors), dtype=torch.int64)
+    limit = _CACHED_SCORES if vectors.device.type == "cpu" else _MAX_SCORES
+    rows = max(1, min(len(vectors), limit // len(codebook)))
+    buffer = vectors.new_empty(rows, len(codebook))
+    columns, half_squares = codebook.T.contiguous(), codebook.square().sum(1) / 2
     with full_float32(vectors.device.type):
-        for chunk in vectors.split(row_chunks(len(vectors), len(codebook))):
-            scores = chunk @ codebook.T
+        for first in range(0, len(vectors), rows):
+            chunk = vectors[first : first + rows]
+            scores = torch.mm(chunk, columns, out=buffer[: len(chunk)])
             if not unit_length:  # argmin |z - e|^2 = argmax z.e - |e|^2 / 2
-                scores -= codebook.square().sum(1) / 2
-            nearest.append(scores.argmax(1))
-    return torch.cat(nearest)
+                scores -= half_squares
+            nearest[first : first + rows] = _first_largest(scores)
+    return nearest
+
+
+def _first_largest(scores: Tensor) -> Tensor:
+    """``scores.argmax(1)`` of (N, K). On a CPU the largest block first: `amax` is vectorised there, `argmax` not."""
+    count, width = scores.shape
+    if scores.device.type != "cpu" or width % _BLOCK:
+        return scores.argmax(1)
+    blocks = scores.view(count, width // _BLOCK, _BLOCK)
+    block = blocks.amax(2).argmax(1)
+    inside = blocks.gather(1, block.view(count, 1, 1).expand(count, 1, _BLOCK)).squeeze(1)
+    return block * _BLOCK + inside.argmax(1)
 
 
 @nearest_codes.register_fake

@@ -109,22 +109,33 @@ class TestNearestCodes:
     """The search behind every quantizer."""
 
     @pytest.mark.parametrize("unit_length", [True, False])
-    def test_matches_the_distance_matrix(self, unit_length, monkeypatch):
-        vectors, codebook = _random(1000, 8), _random(300, 8, seed=1)
+    @pytest.mark.parametrize("size", [300, 512])  # whole blocks, and not
+    def test_matches_the_distance_matrix(self, unit_length, size, monkeypatch):
+        vectors, codebook = _random(1000, 8), _random(size, 8, seed=1)
         if unit_length:
             vectors, codebook = F.normalize(vectors, dim=1), F.normalize(codebook, dim=1)
         expected = torch.cdist(vectors.double(), codebook.double()).argmin(1)
         assert torch.equal(nearest_codes(vectors, codebook, unit_length), expected)
-        monkeypatch.setattr(nearest, "_MAX_SCORES", 300 * 7)
+        monkeypatch.setattr(nearest, "_CACHED_SCORES", size * 7)
         assert torch.equal(nearest_codes(vectors, codebook, unit_length), expected)
 
     def test_never_holds_the_full_matrix(self, monkeypatch):
-        largest = []
-        argmax = torch.Tensor.argmax
-        monkeypatch.setattr(torch.Tensor, "argmax", lambda x, *a: largest.append(x.numel()) or argmax(x, *a))
+        sizes = []
+        largest = nearest._first_largest
+        monkeypatch.setattr(nearest, "_first_largest", lambda scores: sizes.append(scores.numel()) or largest(scores))
         nearest_codes(_random(5000, 2), _random(16384, 2), False)
-        assert max(largest) <= 2**25 < 5000 * 16384
-        assert sum(largest) == 5000 * 16384
+        assert max(sizes) <= 2**20 < 5000 * 16384
+        assert sum(sizes) == 5000 * 16384
+
+    def test_the_first_of_equals_wins(self):
+        scores = torch.randint(0, 3, (50, 512), generator=torch.Generator().manual_seed(0)).float()
+        scores[3], scores[4, 200] = -torch.inf, torch.nan
+        assert torch.equal(nearest._first_largest(scores), scores.argmax(1))
+        codes = torch.ones(512, 2)
+        assert not nearest_codes(torch.ones(5, 2), codes, True).any()
+
+    def test_no_vectors_have_no_codes(self):
+        assert nearest_codes(torch.zeros(0, 2), _random(256, 2), False).shape == (0,)
 
     def test_is_exact_under_autocast(self):
         vectors, codebook = (
