@@ -51,11 +51,12 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 @contextlib.contextmanager
-def process_group(device: str | None = None) -> Iterator[torch.device]:
+def process_group(device: str | None = None, even_alone: bool = False) -> Iterator[torch.device]:
     """Start the process group this launch calls for, yield the device to work on, and close the group.
 
-    `device` ("cuda" or "cpu") overrides the choice: a GPU when there is one, else the CPU. Inside another such block
-    the group that is there is used, so that a command can be made of several recipes.
+    `device` ("cuda" or "cpu") overrides the choice: a GPU when there is one, else the CPU. A process on its own gets a
+    group if `even_alone`, for code that shards. Inside another such block the group that is there is used, so that a
+    command can be made of several recipes.
     """
     launch = read_launch()
     chosen = _choose_device(launch, device)
@@ -64,6 +65,8 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
         return
     if launch.world_size > 1:
         _start_group(launch, chosen)
+    elif even_alone:
+        dist.init_process_group(_backend(chosen), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield chosen
     finally:
@@ -95,12 +98,17 @@ def _start_group(launch: Launch, device: torch.device) -> None:
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host(os.environ["SLURM_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backend=_backend(device),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=30),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _backend(device: torch.device) -> str:
+    """On GPUs gloo as well: checkpoints in the background are agreed upon by the CPUs."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _first_slurm_host(node_list: str) -> str:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -107,8 +108,12 @@ class ShardedWriter:
 
 
 def _is_full(failure: BaseException, folder: Path) -> bool:
-    inner = [error for error, _ in getattr(failure, "failures", {}).values()]  # one for each process that failed
-    return any(is_full_disk(error, folder) for error in [failure, *inner])
+    return any(is_full_disk(error, folder) for error in _causes(failure))
+
+
+def _causes(failure: BaseException) -> list[BaseException]:
+    """What happened in each process that failed."""
+    return [error for error, _ in getattr(failure, "failures", {}).values()] or [failure]
 
 
 def split(content: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], Any]:
@@ -145,8 +150,9 @@ def read(folder: str | Path, like: Like | None = None, parts: Collection[str] | 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that each process reads for itself
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as error:  # torch.distributed.checkpoint wraps whatever it meets
-        raise ValueError(f"{folder} is not a readable checkpoint (damaged or incomplete): {error}") from error
+    except (Exception, CheckpointException) as error:  # the latter wraps whatever was met, and is no Exception
+        reason = next(iter(_causes(error)))
+        raise ValueError(f"{folder} is not a readable checkpoint (damaged or incomplete): {reason!r}") from error
     content = read_json(Path(folder) / PLAIN) if (Path(folder) / PLAIN).is_file() else {}
     content = {key: value for key, value in content.items() if parts is None or key in {*parts, "steps", "args"}}
     for name, value in tensors.items():

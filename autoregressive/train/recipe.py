@@ -34,7 +34,7 @@ def train(args: argparse.Namespace) -> None:
     apply_threads(args)
     if args.mixed_precision != "fp32":
         allow_tf32()
-    with process_group(args.device) as device:
+    with process_group(args.device, even_alone=args.data_parallel != "ddp") as device:
         inputs = make_inputs(args, device)
         data = inputs.training_set()
         run = open_run(args, args.gpt_model)

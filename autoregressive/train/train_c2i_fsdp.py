@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add_text_data_args(flags.add_argument_group("data"), "imagenet_code")
     add_vq_args(flags)
     add_training_args(flags, gpt_type="c2i", data_parallel="fsdp", wandb_project="c2i_fsdp")
+    flags.add_argument("--gpt-resume", dest="gpt_ckpt", help="established name of --gpt-ckpt: folder of a step")
     return flags
 
 

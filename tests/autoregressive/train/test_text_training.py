@@ -135,7 +135,7 @@ def test_the_second_stage_starts_from_the_weights_of_the_first(codes, tmp_path):
     second = checkpoint.read(tmp_path / "second/checkpoints/0000002.pt")
     torch.testing.assert_close(second["model"], checkpoint.read(first)["model"])
     assert second["steps"] == 2 and second["optimizer"]["state"][0]["step"] == 2
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(AssertionError, match="give one of them"):
         run(train_t2i, 1, codes, tmp_path / "third", "--init-from", first, "--gpt-ckpt", first)
 
 

@@ -1,0 +1,72 @@
+"""Broken losses and spikes: what counts as one, what happens then, and that a resumed run judges alike."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.guard import LossGuard
+
+BATCH = [(torch.arange(3), torch.tensor([1]))]
+
+
+def guard(tmp_path, action="skip", threshold=6.0, losses=()):
+    made = LossGuard(action, threshold, tmp_path / "bad", logging.getLogger("test"))
+    for number, loss in enumerate(losses):
+        assert made.admits(loss, 1.0, number, BATCH)
+    return made
+
+
+def steady(count=40):
+    return [3.0 + 0.1 * math.sin(i) for i in range(count)]  # median 3, median absolute deviation about 0.07
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan"))])
+def test_what_is_not_finite_is_refused_and_the_batch_is_kept(loss, norm, tmp_path):
+    assert not guard(tmp_path, threshold=0.0).admits(loss, norm, 7, BATCH)
+    kept = checkpoint.read(tmp_path / "bad/0000007-rank0.pt")
+    assert torch.equal(kept["batches"][0][0], BATCH[0][0]) and kept["step"] == 7
+
+
+def test_a_spike_is_far_above_the_recent_losses(tmp_path):
+    made = guard(tmp_path, losses=steady())
+    assert 3.4 < made.limit() < 3.9
+    assert made.admits(made.limit() - 0.01, 1.0, 50, BATCH) and not made.admits(made.limit() + 0.01, 1.0, 51, BATCH)
+    assert made.admits(0.1, 1.0, 52, BATCH)  # a fall is no spike
+
+
+def test_outliers_hardly_move_the_limit_and_refused_losses_not_at_all(tmp_path):
+    made = guard(tmp_path, losses=steady())
+    before = made.limit()
+    assert not made.admits(100.0, 1.0, 50, BATCH)
+    assert made.limit() == before
+
+
+def test_few_losses_or_no_threshold_call_nothing_a_spike(tmp_path):
+    assert guard(tmp_path, losses=steady(19)).limit() == math.inf
+    assert guard(tmp_path, threshold=0.0, losses=steady()).limit() == math.inf
+
+
+def test_a_loss_that_does_not_move_has_room_for_a_percent_of_itself(tmp_path):
+    assert guard(tmp_path, threshold=5.0, losses=[2.0] * 30).limit() == pytest.approx(2.1)
+
+
+def test_stop_says_what_and_where(tmp_path):
+    with pytest.raises(ValueError, match=r"not a finite number \(nan\) at step 9; .* in .*0000009-rank0"):
+        guard(tmp_path, action="stop").admits(float("nan"), 1.0, 9, BATCH)
+
+
+def test_skipping_ends_after_twenty_in_a_row(tmp_path):
+    made = guard(tmp_path)
+    for number in range(19):
+        assert not made.admits(float("nan"), 1.0, number, BATCH)
+    with pytest.raises(ValueError, match="20 steps in a row"):
+        made.admits(float("nan"), 1.0, 19, BATCH)
+
+
+def test_a_restored_guard_judges_alike(tmp_path):
+    made, other = guard(tmp_path, losses=steady()), guard(tmp_path)
+    other.load_state_dict(made.state_dict())
+    assert other.limit() == made.limit() < math.inf
