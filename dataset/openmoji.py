@@ -26,10 +26,13 @@ if not __package__:  # started by file path: the repository root takes the place
 import argparse
 import importlib.metadata
 import importlib.util
+import io
 import json
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+
+from PIL import Image
 
 from dataset.images import CLASS_LIST, class_list
 from utils import errors
@@ -45,6 +48,7 @@ PACKAGES = {  # what is imported -> what pip installs
 LABELS = ("subgroup", "group")
 SPLITS = ("train", "val")
 MANIFEST = "openmoji.json"
+EXAMPLE = ("1F436", "1F33B", "1F697", "1F3E0")  # dog face, sunflower, automobile, house
 
 PRESENTATION = "FE0F"
 JOINER = "200D"
@@ -224,18 +228,32 @@ def _claim(folder: Path, settings: dict[str, object]) -> None:
 
 
 def _render(folder: Path, parts: dict[str, list[Emoji]], labels: str, size: int) -> None:
-    from resvg_py import svg_to_bytes
-
-    drawings = _svg_folder()
     jobs = [(folder / name / emoji.label(labels), emoji.hexcode) for name, part in parts.items() for emoji in part]
     bar = progress(len(jobs), "image", what="rendering OpenMoji")
     for target, hexcode in jobs:
         bar.update()
         image = target / f"{hexcode}.png"
         if not image.is_file():
-            svg = str(drawings / f"{hexcode}.svg")
-            png = svg_to_bytes(svg_path=svg, background="white", width=size, height=size, skip_system_fonts=True)
+            png = draw_png(hexcode, size)
             write_atomic(image, lambda file, png=png: file.write(png))
+
+
+def draw_png(hexcode: str, size: int) -> bytes:
+    """One drawing on white, size x size pixels, as the bytes of a PNG file."""
+    from resvg_py import svg_to_bytes
+
+    svg = str(_svg_folder() / f"{hexcode}.svg")
+    return svg_to_bytes(svg_path=svg, background="white", width=size, height=size, skip_system_fonts=True)
+
+
+def example_picture(edge: int = 512) -> Image.Image:
+    """Four drawings in a square of `edge` pixels: a picture for those who have none at hand."""
+    require_packages()
+    picture, half = Image.new("RGB", (edge, edge), "white"), edge // 2
+    for place, hexcode in enumerate(EXAMPLE):
+        drawing = Image.open(io.BytesIO(draw_png(hexcode, half)))
+        picture.paste(drawing, (place % 2 * half, place // 2 * half))
+    return picture
 
 
 def _write_captions(path: Path, emojis: list[Emoji], labels: str) -> None:

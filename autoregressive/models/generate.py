@@ -32,6 +32,7 @@ from autoregressive.models.sampling import (
 )
 
 OnToken = Callable[[int], None]
+Caption = tuple[Tensor, Tensor]  # features (B, T, caption_dim) and mask (B, T), left padded
 Model = Transformer | Engine
 
 
@@ -143,6 +144,7 @@ def generate(
     temperature: float = 1.0,
     temperature_end: float | None = None,
     temperature_schedule: str = "linear",
+    negative: Caption | None = None,
     given: Tensor | None = None,
     generators: Generators | None = None,
     on_token: OnToken | None = None,
@@ -162,6 +164,8 @@ def generate(
             `guidance.guidance_scales`.
         temperature, temperature_end, temperature_schedule: from the first to the last of the image's tokens
             (`sampling.temperatures`); `temperature_end` None keeps `temperature` throughout.
+        negative: for captions, what the images are led away from: features like `cond` and their mask like
+            `emb_masks` (B or 1 rows), in place of the unconditional embedding under the caption's own mask.
         given: tokens that are put in place of the drawn ones, (B, max_new_tokens), -1 where none is. Later
             tokens see them. They take nothing from the randomness of the others.
         generators: one random generator per image; image i then depends on generators[i], not on the batch.
@@ -172,6 +176,7 @@ def generate(
     The model computes in evaluation mode and is left as it was. ValueError for arguments that do not fit it.
     """
     _check(model, cond, max_new_tokens, emb_masks)
+    _check_negative(model, negative, cond)
     _check_given(given, cond.shape[0], max_new_tokens, model.vocab_size)
     batch, prefix, decoded = cond.shape[0], model.cls_token_num, max_new_tokens - 1
     scales = guidance_scales(model.block_size, cfg_scale, cfg_interval, cfg_schedule, cfg_power, cfg_start)
@@ -181,7 +186,7 @@ def generate(
         cond = cond[:, :prefix].to(model.tok_embeddings.weight.dtype)
     with_null = null_rows_needed(scales) > 0
     if with_null:
-        cond = with_null_condition(model, cond)
+        cond, emb_masks = _with_null_half(model, cond, emb_masks, negative)
     cache = _new_cache(model, cond, decoded, emb_masks)
     options = {"cache": cache, "generators": generators, **sampling_kwargs}
     positions = torch.arange(prefix + 1, device=cond.device)
@@ -197,6 +202,34 @@ def generate(
         options.update(scales=scales[1:], heat=heat[1:], on_token=on_token)
         tokens[:, 1:] = decode_n_tokens(model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options)
     return tokens
+
+
+def _with_null_half(
+    model: Model, cond: Tensor, emb_masks: Tensor | None, negative: Caption | None
+) -> tuple[Tensor, Tensor | None]:
+    """The conditions and masks of [conditional; unconditional or negative] rows."""
+    if negative is None:
+        return with_null_condition(model, cond), None if emb_masks is None else emb_masks.repeat(2, 1)
+    features, mask = negative
+    if emb_masks is None:
+        emb_masks = mask.new_ones(cond.shape[:2])
+    features = features[:, : cond.shape[1]].to(cond.dtype).expand_as(cond)
+    mask = mask[:, : emb_masks.shape[1]].expand_as(emb_masks)
+    return torch.cat([cond, features]), torch.cat([emb_masks, mask.to(emb_masks.dtype)])
+
+
+def _check_negative(model: Model, negative: Caption | None, cond: Tensor) -> None:
+    if negative is None:
+        return
+    if model.model_type == "c2i":
+        raise ValueError("a negative prompt is for captions; a class label has none")
+    features, mask = negative
+    fits = features.shape[1:] == cond.shape[1:] and mask.shape == features.shape[:2]
+    if not fits or features.shape[0] not in (1, cond.shape[0]):
+        raise ValueError(
+            f"expected a negative prompt like the captions {tuple(cond.shape)}, with a mask, for one or all of them; "
+            f"got {tuple(features.shape)} and {tuple(mask.shape)}"
+        )
 
 
 def _check_given(given: Tensor | None, batch: int, count: int, vocab_size: int) -> None:
@@ -241,7 +274,6 @@ def _new_cache(model: Model, cond: Tensor, fed: int, emb_masks: Tensor | None) -
     key_mask = None
     if emb_masks is not None:
         text = emb_masks[:, : model.cls_token_num].to(device=device, dtype=torch.bool)
-        text = text.repeat(rows // text.shape[0], 1)  # the unconditional half is masked like the captions
         key_mask = torch.cat([text, text.new_ones(rows, fed)], dim=1)
     shape = (rows, model.cls_token_num + fed, dtype, device)
     if isinstance(model, Engine):

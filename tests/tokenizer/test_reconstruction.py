@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -19,12 +18,12 @@ from dataset.augmentation import center_crop_arr, eval_transform
 from dataset.coco import SingleFolderDataset
 from dataset.images import ClassFolders
 from evaluations.image_quality import psnr, ssim
-from tests.commands.shell import ROOT, environment, make_images, run
+from tests.commands.shell import ROOT, environment, run
+from tests.tokenizer.conftest import COUNT
 from tests.tokenizer.test_vqgan import TINY
 from tokenizer.consistencydecoder import reconstruction_cd_ddp
 from tokenizer.reconstruction import copy_data_set, quality, reconstruct_data_set
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
-from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.vae import reconstruction_vae_ddp
 from tokenizer.validation import val_ddp
 from tokenizer.vqgan import reconstruction_vqgan_ddp
@@ -34,31 +33,6 @@ from utils.image import resize_bicubic, to_uint8
 
 SIZE = ["--vq-model", "VQ-4-S", "--codebook-size", "64", "--image-size", "16", "--num-workers", "2"]
 NAME = "VQ-4-S-imagenet-size-16-size-16-codebook-size-64-dim-8-seed-0"
-COUNT = 7  # a multiple neither of two processes nor of the batches
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """Seven images in three classes, the same in one folder, and a tokenizer whose outputs are not all alike."""
-    work = tmp_path_factory.mktemp("reconstruction")
-    make_images(work / "images", 3)
-    for path in sorted((work / "images").rglob("*.png"))[COUNT:]:
-        path.unlink()
-    (work / "flat").mkdir()
-    for number, path in enumerate(sorted((work / "images").rglob("*.png"))):
-        (work / f"flat/{number}.png").write_bytes(path.read_bytes())
-    torch.manual_seed(0)
-    model = VQ_models["VQ-4-S"](codebook_size=64)
-    model.decoder.conv_out.weight.data *= 4
-    checkpoint.save({"model": model.state_dict(), "ema": model.state_dict()}, work / "vq.pt")
-    return work
-
-
-@pytest.fixture(scope="module")
-def tokenizer(work):
-    model = VQ_models["VQ-4-S"](codebook_size=64)
-    model.load_state_dict(checkpoint.read(work / "vq.pt")["model"])
-    return model.eval()
 
 
 def reconstruct(work: Path, samples: Path, *more: object) -> Path:
@@ -246,17 +220,6 @@ def test_originals_keep_every_pixel(work, tmp_path, dataset, data):
     assert not Path(f"{folder}_results.txt").exists()
 
 
-@pytest.fixture(scope="module")
-def vqgan(work) -> Path:
-    """vqgan.yaml and vqgan.pth of a tiny taming model of stride 2, beside the weights of its training loss."""
-    params = {"ddconfig": TINY, "n_embed": 16, "embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {"target": "x"}}
-    (work / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
-    torch.manual_seed(1)
-    state = VQModel(TINY, 16, 4).state_dict()
-    torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(1)}}, work / "vqgan.pth")
-    return work
-
-
 def vqgan_line(work: Path, samples: Path, *more: object) -> list[str]:
     line = ["--data-path", work / "images", "--sample-dir", samples, "--image-size", 16, "--npz-order", "index", *more]
     return [str(word) for word in line]
@@ -292,34 +255,6 @@ def test_taming_mistakes(vqgan, tmp_path, monkeypatch):
     for text in ("a: [", "model: 3", "- 1", "model: {params: {n_embed: 3}}"):
         Path("bad.yaml").write_text(text)
         refused(ValueError, r"bad\.yaml", "--vqgan-config", "bad.yaml")
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Path:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.ConsistencyDecoderVAE(
-        encoder_block_out_channels=(8, 8), encoder_down_block_types=("DownEncoderBlock2D",) * 2,
-        encoder_norm_num_groups=4, decoder_block_out_channels=(8, 8), decoder_layers_per_block=1,
-        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2, decoder_norm_num_groups=4,
-        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("cd")
-    model.save_pretrained(folder)
-    return folder
 
 
 class TestDiffusers:

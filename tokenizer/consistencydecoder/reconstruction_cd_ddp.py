@@ -19,13 +19,7 @@ if not __package__:  # started by file path: the repository root takes the place
 import torch
 
 from tokenizer.reconstruction import Autoencoder, add_reconstruction_args, reconstruct_data_set
-from tokenizer.vae.build import (
-    CONSISTENCY_DECODER,
-    add_latent_args,
-    load_consistency_decoder,
-    stride_of,
-    vae_reconstruct,
-)
+from tokenizer.vae.build import add_decoder_args, add_latent_args, load_consistency_decoder, stride_of, vae_reconstruct
 from utils.args import make_parser
 from utils.errors import run
 
@@ -43,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     add_reconstruction_args(flags, npz_order="shuffled")
-    flags.add_argument("--cd-path", default=CONSISTENCY_DECODER, help="a local folder or repository of the hub")
+    add_decoder_args(flags)
     add_latent_args(flags)
     return flags
 

@@ -20,6 +20,22 @@ VAES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sdxl-vae": "stabilityai/s
 CONSISTENCY_DECODER = "openai/consistency-decoder"
 
 
+def add_vae_args(parser: argparse.ArgumentParser) -> None:
+    """Which autoencoder of Stable Diffusion."""
+    parser.add_argument("--vae", choices=list(VAES), default="sd-vae-ft-mse", help="which one")
+    parser.add_argument("--vae-path", help="a local folder or another repository of the hub to load it from")
+
+
+def vae_source(args: argparse.Namespace) -> str:
+    """Where the autoencoder of --vae is loaded from."""
+    return args.vae_path or VAES[args.vae]
+
+
+def add_decoder_args(parser: argparse.ArgumentParser) -> None:
+    """Where the consistency decoder is."""
+    parser.add_argument("--cd-path", default=CONSISTENCY_DECODER, help="a local folder or repository of the hub")
+
+
 def add_latent_args(parser: argparse.ArgumentParser) -> None:
     """How latents are taken from their distribution."""
     parser.add_argument(

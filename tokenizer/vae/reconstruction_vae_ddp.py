@@ -19,14 +19,14 @@ if not __package__:  # started by file path: the repository root takes the place
 import torch
 
 from tokenizer.reconstruction import Autoencoder, add_reconstruction_args, reconstruct_data_set
-from tokenizer.vae.build import VAES, add_latent_args, load_vae, stride_of, vae_reconstruct
+from tokenizer.vae.build import add_latent_args, add_vae_args, load_vae, stride_of, vae_reconstruct, vae_source
 from utils.args import make_parser
 from utils.errors import run
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
     """The autoencoder of --vae."""
-    source = args.vae_path or VAES[args.vae]
+    source = vae_source(args)
     model = load_vae(source, device)
     name = f"stabilityai-{args.vae}-{args.dataset}-size-{args.image_size}-seed-{args.global_seed}"
     facts = {"vae": source, "sample_latents": args.sample_latents}
@@ -38,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     add_reconstruction_args(flags, npz_order="shuffled")
-    flags.add_argument("--vae", choices=list(VAES), default="sd-vae-ft-mse", help="which one")
-    flags.add_argument("--vae-path", help="a local folder or another repository of the hub to load it from")
+    add_vae_args(flags)
     add_latent_args(flags)
     return flags
 

@@ -1,0 +1,40 @@
+"""One image through a VQGAN of taming-transformers and back.
+
+    python3 tokenizer/vqgan/taming_vqgan_demo.py --vqgan vqgan_openimage_f8_16384 --image-path photo.jpg
+
+Writes photo_vqgan.png beside the image, in the image's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # started by file path: the repository root takes the place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tokenizer.demo import add_demo_args, choose_device, show
+from tokenizer.reconstruction import code_autoencoder
+from tokenizer.vqgan.build import add_vqgan_args, load_vqgan
+from utils.args import make_parser
+from utils.errors import run
+
+
+def demo(args: argparse.Namespace) -> Path:
+    """Write the reconstruction; returns its path."""
+    device = choose_device(args)
+    model = load_vqgan(args, device)
+    return show(args, code_autoencoder(model, device), model.stride, device, "vqgan", crop=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags of this command."""
+    flags = make_parser(__doc__)
+    add_demo_args(flags, output_dir=None)
+    add_vqgan_args(flags, default="vqgan_openimage_f8_16384")
+    return flags
+
+
+if __name__ == "__main__":
+    run(lambda: demo(parser().parse_args()))
