@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.build import latent_grid
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.generate import Model
 from autoregressive.sample import masks
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.editing import edit_codes, encode_images, last_drawn, paste_outside, with_rest
@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
 
 def edited_codes(
     numbers: list[int],
-    gpt: Transformer,
+    gpt: Model,
     codes: Tensor,
     mask: Tensor,
     ids: list[int],

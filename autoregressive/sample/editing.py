@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.engine import Engine
+from autoregressive.models.generate import Model, generate
 from autoregressive.sample.masks import as_pixels
 from autoregressive.sample.pipeline import decode_codes, image_generators
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -32,7 +32,7 @@ OnToken = Callable[[int], None]
 
 
 def edit_codes(
-    gpt: Transformer,
+    gpt: Model,
     codes: Tensor,
     mask: Tensor,
     labels: Tensor,
@@ -77,20 +77,21 @@ def edit_codes(
 
 
 @torch.no_grad()
-def fit_of_kept_cells(gpt: Transformer, codes: Tensor, chosen: Tensor, labels: Tensor) -> Tensor:
+def fit_of_kept_cells(gpt: Model, codes: Tensor, chosen: Tensor, labels: Tensor) -> Tensor:
     """How well kept cells follow what was drawn before them: sum of log p(kept cell | class, all before it), (B,).
 
     Kept cells before the first drawn one are the same under every candidate and make no difference.
     """
-    training = gpt.training
-    logits, _ = gpt.eval()(codes[:, :-1].long(), labels)
-    gpt.train(training)
+    model = gpt.model if isinstance(gpt, Engine) else gpt
+    training = model.training
+    logits, _ = model.eval()(codes[:, :-1].long(), labels)
+    model.train(training)
     log_p = -F.cross_entropy(logits.transpose(1, 2), codes.long(), reduction="none")
     return log_p.masked_fill(chosen, 0).sum(dim=1)
 
 
 def edit_images(
-    gpt: Transformer,
+    gpt: Model,
     tokenizer: VQModel,
     images: Tensor,
     mask: Tensor,
@@ -125,7 +126,7 @@ def paste_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     return torch.where(inside.to(edited.device), edited, original)
 
 
-def _chosen_cells(gpt: Transformer, codes: Tensor, mask: Tensor) -> Tensor:
+def _chosen_cells(gpt: Model, codes: Tensor, mask: Tensor) -> Tensor:
     """The mask as bool (B, N), on the codes' device."""
     if codes.ndim != 2 or codes.shape[1] != gpt.block_size:
         raise ValueError(f"expected codes (batch, {gpt.block_size}), as the GPT has it; got {tuple(codes.shape)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.build import checkpoint_tag
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.generate import Model
 from autoregressive.sample.pipeline import decode_codes, load_models, sample_codes
 from dataset.packed import sha256_of
 from evaluations.render import Drawn, beside, render
@@ -33,6 +33,7 @@ EXTRA_NAMES = {
     "temperature_end": "temperature-end",
     "temperature_schedule": "temperature-schedule",
     "precision": "precision",
+    "quantize": "quantize",
     "use_ema": "ema",
     "balanced_labels": "balanced",
 }
@@ -111,7 +112,7 @@ class SetPainter:
     and compiled shapes are used again.
     """
 
-    def __init__(self, gpt: Transformer, tokenizer: VQModel, args: argparse.Namespace) -> None:
+    def __init__(self, gpt: Model, tokenizer: VQModel, args: argparse.Namespace) -> None:
         self.gpt, self.tokenizer, self.args = gpt, tokenizer, args
         self.device = gpt.tok_embeddings.weight.device
         self.rows = min(args.per_proc_batch_size, args.num_fid_samples) if self.device.type == "cuda" else 1

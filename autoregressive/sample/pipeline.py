@@ -12,8 +12,7 @@ from torch import Tensor
 from autoregressive.build import add_gpt_args, load_gpt, require_null_class
 from autoregressive.engine.build import add_engine_args, make_engine
 from autoregressive.models.engine import Engine
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.generate import Model, generate
 from autoregressive.models.noise import ImageNoise
 from autoregressive.models.sampling import min_p_filtering
 from autoregressive.models.schedules import SCHEDULES, share
@@ -116,7 +115,7 @@ def image_generators(seeds: Sequence[int], device: torch.device) -> ImageNoise:
 
 
 def sample_codes(
-    gpt: Transformer | Engine,
+    gpt: Model,
     labels: Tensor,
     args: argparse.Namespace,
     seeds: Sequence[int] | None,

@@ -19,7 +19,7 @@ if not __package__:  # started by file path: the repository root takes the place
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.generate import Model
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.painter import Painter, add_picture_args, class_ids
 from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sample_codes
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def codes_of(
-    numbers: list[int], gpt: Transformer, ids: list[int], args: argparse.Namespace, on_token: OnToken | None = None
+    numbers: list[int], gpt: Model, ids: list[int], args: argparse.Namespace, on_token: OnToken | None = None
 ) -> Tensor:
     """The codes (B, N) of pictures with these numbers: picture i is of class ids[i]."""
     labels = torch.tensor([ids[i] for i in numbers], device=gpt.tok_embeddings.weight.device)
