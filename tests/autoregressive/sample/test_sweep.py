@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample import sample_c2i_ddp, sweep_c2i
 from autoregressive.sample import sweep as sweep_module
 from autoregressive.sample.sweep import arguments_of, rows_of_grid, rows_of_table, sweep
 from tests.autoregressive.sample.tiny import tiny_models
@@ -100,3 +100,19 @@ def test_a_wrong_setting_is_found_before_anything_is_drawn(run, tmp_path):
     with pytest.raises(SystemExit):
         run(rows_of_grid(["cfg-scale=1.0", "cfg-schedule=constant,steep"]))
     assert not (tmp_path / "samples").exists()
+
+
+def test_the_command_measures_with_the_network_that_was_asked_for(tiny, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
+    monkeypatch.setattr(sweep_c2i, "feature_network", lambda name, *_: {"lite0": MeanColours(), "none": None}[name])
+    flags = ["--reference", str(tmp_path / "real.npz"), "--results", str(tmp_path / "sweep.csv"), "--features", "lite0"]
+    common = [*tiny, "--num-fid-samples", "6", "--sample-dir", str(tmp_path)]
+    sweep_c2i.main(*sweep_c2i.parser().parse_known_args([*flags, *common, "--sweep", "cfg-scale=1.5", "top-k=0,9"]))
+    assert "| cfg-scale | top-k | KD-colours |" in capsys.readouterr().out
+    for more, message in {
+        (): "say what is compared",
+        ("--table", "t", "--sweep", "top-k=0"): "say what is compared",
+        ("--sweep", "top-k=0", "--features", "none"): "needs features",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            sweep_c2i.main(*sweep_c2i.parser().parse_known_args([*flags, *common, *more]))
