@@ -14,6 +14,7 @@ from tests.tokenizer.builders import count, hash_fill, keys_of, stored_keys, uni
 from tokenizer.tokenizer_image import lpips, lpips_weights
 from tokenizer.tokenizer_image.lpips import LPIPS, NetLinLayer, normalize_tensor, spatial_average, vgg16
 from tokenizer.tokenizer_image.lpips_weights import download, get_ckpt_path, linear_weights
+from utils import checkpoint
 
 
 @golden.cases("lpips.forward")
@@ -103,6 +104,12 @@ class TestWeights:
         torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
         with pytest.raises(ValueError, match="torchvision's vgg16"):
             vgg16(weights_path=tmp_path / "other.pth")
+
+    def test_a_trunk_that_is_no_weights_file(self, tmp_path):
+        (tmp_path / "vgg16.pth").write_bytes(b"<html>not found</html>")
+        for path in (tmp_path / "vgg16.pth", tmp_path / "absent.pth"):
+            with pytest.raises(checkpoint.CheckpointError, match=path.name):
+                vgg16(weights_path=path)
 
     def test_offline(self, monkeypatch, tmp_path):
         def refuse(*_args, **_kwargs):

@@ -17,6 +17,7 @@ from tokenizer.tokenizer_image.quantizers import QUANTIZERS
 from tokenizer.tokenizer_image.recipe import HeldOut, new_model, train
 from tokenizer.tokenizer_image.train_step import TrainStep, ema_decay, make_optimizers
 from utils import checkpoint
+from utils.distributed import Launch
 from utils.logger import read_metrics
 
 CPU = torch.device("cpu")
@@ -316,6 +317,38 @@ def test_held_out_images_are_measured_with_features_and_shown(folder, monkeypatc
     assert shown.shape == (20, 3, 16, 16)
     assert torch.equal(shown[:8], torch.stack([held_out.images[i][0] for i in range(8)]))
     assert step.model.training and all(torch.equal(before[k], v) for k, v in step.model.state_dict().items())
+
+
+def test_one_process_of_a_machine_builds_the_losses_first(monkeypatch):
+    """It downloads the perceptual network; the others find it in the cache."""
+    order = []
+    monkeypatch.setattr(train_step, "barrier", lambda: order.append("barrier"))
+    monkeypatch.setattr(train_step, "new_loss", lambda args: order.append("build"))
+    for rank, expected in ((0, ["build", "barrier"]), (1, ["barrier", "build"])):
+        order.clear()
+        monkeypatch.setattr(train_step, "read_launch", lambda: Launch(rank=8, local_rank=rank))  # noqa: B023
+        train_step.new_loss_once_downloaded(arguments())
+        assert order == expected
+
+
+def test_the_loss_that_is_reported_is_that_of_both_sides():
+    step = new_step(*GAN)
+    terms = step([(images(1, 32), None), (images(1, 32), None)], 1)
+    names = ("rec_loss", "perceptual_loss", "vq_loss", "commit_loss", "entropy_loss", "generator_adv_loss")
+    expected = sum(terms[name] for name in (*names, "discriminator_adv_loss"))
+    torch.testing.assert_close(terms["loss"], expected, atol=1e-4, rtol=0)
+
+
+def test_the_log_says_what_is_trained_on_what(folder, tmp_path):
+    command(folder, tmp_path, "--ema", *GAN, steps=1)
+    log = (tmp_path / "log.txt").read_text()
+    for line in (
+        "Starting rank=0, seed=0, world_size=1.", f"Dataset contains 12 images ({folder})",
+        "Quantizer vq: 64 codes of 8 channels", "VQ Model Parameters: 851,435", "VQ Model EMA Parameters: 851,435",
+        "Discriminator Parameters: 2,765,633", "Initial state: steps=0, epochs=0", "(Generator) rec_loss: ",
+        "(Discriminator) discriminator_adv_loss: ", "(step=0000001) Train Loss: ", "Saved checkpoint to ", "Done!",
+    ):  # fmt: skip
+        assert line in log, line
 
 
 def test_lpips_is_measured_where_training_has_it():

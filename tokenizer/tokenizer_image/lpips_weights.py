@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils import checkpoint
+
 URL_MAP = {"vgg_lpips": "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1"}
 CKPT_MAP = {"vgg_lpips": "vgg.pth"}
 MD5_MAP = {"vgg_lpips": "d507d7349b931f0638a25a48a722f98a"}
@@ -77,7 +79,7 @@ def _packaged_file() -> Path | None:
 
 def linear_weights(name: str = "vgg_lpips") -> list[Tensor]:
     """Weights of the five linear layers, each (1, C, 1, 1), from the shallowest VGG tap to the deepest."""
-    state = torch.load(get_ckpt_path(name), map_location="cpu", weights_only=True)
+    state = checkpoint.read(get_ckpt_path(name))
     return [state[f"lin{i}.model.1.weight"] for i in range(5)]
 
 
@@ -88,7 +90,7 @@ def vgg16_features(weights_path: str | Path | None = None) -> dict[str, Tensor]:
         weights_path: state dict of torchvision's vgg16; None takes torchvision's copy, downloaded once.
     """
     if weights_path:
-        state = torch.load(weights_path, map_location="cpu", weights_only=True)
+        state = checkpoint.read(weights_path)
     else:
         state = _torchvision_vgg16()
     features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -17,10 +18,11 @@ from evaluations.distance import DistanceMonitor
 from evaluations.lite0 import Lite0
 from tokenizer.build import build_tokenizer, describe_weights
 from tokenizer.tokenizer_image.evaluation import evaluate_reconstruction, reconstruct
+from tokenizer.tokenizer_image.quantizers import QUANTIZERS
 from tokenizer.tokenizer_image.train_step import TrainStep
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads
-from utils.distributed import process_group
+from utils.distributed import get_rank, get_world_size, process_group
 from utils.image import to_uint8
 from utils.logger import create_logger
 from utils.precision import allow_tf32
@@ -48,11 +50,14 @@ def train(args: argparse.Namespace) -> None:
         run = open_run(args, args.vq_model)
         logger = create_logger(run.path)
         logger.info(f"Experiment directory: {run.path}; settings: {args}")
-        logger.info(f"VQ Model Parameters: {sum(p.numel() for p in model.parameters()):,}")
+        logger.info(f"Starting rank={get_rank()}, seed={args.global_seed}, world_size={get_world_size()}.")
         sampler, loader = training_loader(images, args, device)
-        logger.info(f"Dataset: {args.data_path}, {sampler.batches_per_epoch:,} steps an epoch")
+        count = images.total if isinstance(images, IterableDataset) else len(images)  # type: ignore[attr-defined]
+        steps = f"{sampler.batches_per_epoch:,} steps an epoch"
+        logger.info(f"Dataset contains {count:,} images ({args.data_path}), {steps}")
         settings = TrainSettings.from_args(args, sampler.batches_per_epoch)
         step = TrainStep(args, model, images, device, settings.total_steps, logger)
+        describe(step, logger)
         held_out = HeldOut(args, step, device) if args.val_data_path else None
         trainer = Trainer(
             run,
@@ -67,8 +72,21 @@ def train(args: argparse.Namespace) -> None:
             held_out and held_out.pictures,
         )
         sampler.start = trainer.resume(args.vq_ckpt, describe_weights, restart=args.finetune)
+        epoch = sampler.start // sampler.batches_per_epoch
+        logger.info(f"Initial state: steps={sampler.start}, epochs={epoch}")
+        logger.info(f"Training for {settings.total_steps // sampler.batches_per_epoch} epochs...")
         trainer.fit()
         logger.info("Done!")
+
+
+def describe(step: TrainStep, logger: logging.Logger) -> None:
+    """Say what is trained."""
+    config = step.model.config
+    logger.info(f"Quantizer {config.quantizer}: {config.codebook_size:,} codes of {config.codebook_embed_dim} channels")
+    parts = {"VQ Model": step.model, "VQ Model EMA": step.ema, "Discriminator": step.discriminator}
+    for name, part in parts.items():
+        if part is not None:
+            logger.info(f"{name} Parameters: {sum(p.numel() for p in part.parameters()):,}")
 
 
 def training_images(args: argparse.Namespace) -> Dataset:
@@ -78,7 +96,15 @@ def training_images(args: argparse.Namespace) -> Dataset:
 
 
 def new_model(args: argparse.Namespace) -> VQModel:
-    """An untrained tokenizer with the loss settings of `args`."""
+    """An untrained tokenizer with the loss settings of `args`.
+
+    Raises:
+        ValueError: when flags do not go with the quantizer.
+    """
+    if not QUANTIZERS[args.quantizer].learned and (args.codebook_init != "uniform" or args.revive_every):
+        raise ValueError(
+            f"the codes of --quantizer {args.quantizer} are fixed: leave out --codebook-init and --revive-every"
+        )
     ratio = args.entropy_loss_ratio
     return build_tokenizer(
         args,

@@ -23,7 +23,16 @@ from dataset.sampler import Draw, SeededItems
 from tokenizer.tokenizer_image.codebook import kmeans_init, revive_dead_codes
 from tokenizer.tokenizer_image.vq_loss import VQLoss
 from tokenizer.tokenizer_image.vq_model import VQModel
-from utils.distributed import average_gradients, broadcast, data_parallel, gather_rows, is_main, sum_over_ranks
+from utils.distributed import (
+    average_gradients,
+    barrier,
+    broadcast,
+    data_parallel,
+    gather_rows,
+    is_main,
+    read_launch,
+    sum_over_ranks,
+)
 from utils.ema import requires_grad, update_ema
 from utils.optim import Optimizers, adamw, muon_and_adamw
 from utils.precision import autocast, grad_scaler
@@ -52,6 +61,17 @@ def new_loss(args: argparse.Namespace) -> VQLoss:
         codebook_weight=args.codebook_weight,
         vgg_path=args.vgg_path,
     )
+
+
+def new_loss_once_downloaded(args: argparse.Namespace) -> VQLoss:
+    """`new_loss`, on one process of each machine first: it downloads what the perceptual loss needs for the others."""
+    first = read_launch().local_rank == 0
+    if not first:
+        barrier()
+    loss = new_loss(args)
+    if first:
+        barrier()
+    return loss
 
 
 def one_group(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -98,7 +118,7 @@ class TrainStep:
         logger: logging.Logger | None = None,
     ) -> None:
         self.args, self.model, self.device, self.total_steps = args, model, device, total_steps
-        self.loss = new_loss(args).to(device)
+        self.loss = new_loss_once_downloaded(args).to(device)
         self.log = {"logger": logger if is_main() else None, "log_every": args.log_every}
         self.ema = copy.deepcopy(model).eval() if args.ema else None
         if self.ema is not None:
@@ -141,7 +161,8 @@ class TrainStep:
         self._update_ema(number)
         if self.discriminator is not None and number >= args.disc_start:
             self.disc_optimizers.set_lr_factor(factor)
-            terms |= self._discriminator_step(images, [fakes for _, fakes in passes], number)
+            loss, more = self._discriminator_step(images, [fakes for _, fakes in passes], number)
+            terms |= {**more, "loss": terms["loss"] + loss}  # both sides, as the established log has it
         return {**terms, "lr": torch.tensor(args.lr * factor)}
 
     def _is_logged(self, number: int) -> bool:
@@ -158,14 +179,18 @@ class TrainStep:
             self.scaler.scale(loss / parts).backward()
         return loss.detach(), fakes.detach()
 
-    def _discriminator_step(self, images: list[Tensor], fakes: list[Tensor], number: int) -> dict[str, Tensor]:
+    def _discriminator_step(
+        self, images: list[Tensor], fakes: list[Tensor], number: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = []
         for real, fake in zip(images, fakes):
             with autocast(self.device, self.args.mixed_precision):
                 loss = self.loss(None, real, fake, 1, number, **self.log)
             self.disc_scaler.scale(loss / len(images)).backward()
+            losses.append(loss.detach())
         average_gradients(self.disc_optimizers.parameters)
         self.disc_optimizers.update(self.disc_scaler, self.args.max_grad_norm)
-        return dict(self.loss.terms)
+        return torch.stack(losses).mean(), dict(self.loss.terms)
 
     @torch.no_grad()
     def _update_ema(self, number: int) -> None:
@@ -187,10 +212,6 @@ class CodebookCare:
         self, args: argparse.Namespace, model: VQModel, images: Dataset, device: torch.device, total_steps: int
     ) -> None:
         self.args, self.model, self.images, self.device, self.total_steps = args, model, images, device, total_steps
-        if not model.quantize.learned and (args.codebook_init != "uniform" or args.revive_every):
-            raise ValueError(
-                f"the codes of --quantizer {args.quantizer} are fixed: leave out --codebook-init and --revive-every"
-            )
         default = 20 if args.quantizer == "ema" else 0
         self.revive_every = default if args.revive_every is None else args.revive_every
 
