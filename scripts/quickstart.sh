@@ -36,7 +36,7 @@ stage() {
 
 # The settings of the two small models. docs/quickstart.md says why they are what they are.
 tokenizer=(--vq-model VQ-4-S --codebook-size 256 --image-size 32)
-vq_flags=("${tokenizer[@]}" --data-path "$out/data/train" --val-data-path "$out/data/val"
+vq_flags=("${tokenizer[@]}" --data-path "$out/data/train" --val-data-path "$out/data/val" --val-features none
   --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1+l2 --gradient-weight 0.5
   --codebook-init kmeans --revive-every 50 --global-batch-size 16
   --optimizer muon --lr 2e-3 --beta2 0.99 --lr-schedule wsd --lr-floor 0.02 --warmup-steps 50

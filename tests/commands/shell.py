@@ -21,7 +21,7 @@ SAMPLE = "autoregressive/sample/sample_c2i.py"
 VQ_SIZE = ["--vq-model", "VQ-4-S", "--codebook-size", "64", "--image-size", "16"]
 GPT_SIZE = ["--gpt-model", "GPT-XS", "--num-classes", "3", "--image-size", "16", "--downsample-size", "4"]
 VQ_FLAGS = [*VQ_SIZE, "--perceptual-weight", "0", "--disc-weight", "0", "--global-batch-size", "4", "--log-every", "1",
-            "--num-workers", "0", "--mixed-precision", "none"]  # fmt: skip
+            "--num-workers", "0", "--mixed-precision", "none", "--val-features", "none"]  # fmt: skip
 GPT_FLAGS = [*GPT_SIZE, "--vocab-size", "64", "--global-batch-size", "4", "--log-every", "1", "--num-workers", "0",
              "--mixed-precision", "none"]  # fmt: skip
 

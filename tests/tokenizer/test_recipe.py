@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def arguments(*flags):
     size = "--data-path x --vq-model VQ-4-S --codebook-size 32 --image-size 16"
-    losses = "--perceptual-weight 0 --disc-weight 0 --mixed-precision none --lr 1e-3"
+    losses = "--perceptual-weight 0 --disc-weight 0 --mixed-precision none --lr 1e-3 --val-features none"
     return vq_train.parser().parse_args([*size.split(), *losses.split(), *flags])
 
 
@@ -298,13 +298,10 @@ def test_held_out_images_are_measured_with_features_and_shown(folder, monkeypatc
     class Colours:
         comparable, label = False, "colours (mean of each channel)"
 
-        def __init__(self, device):
-            pass
-
         def __call__(self, pictures):
             return {"pool": pictures.float().mean(dim=(1, 2))}
 
-    monkeypatch.setattr(recipe, "Lite0", Colours)
+    monkeypatch.setattr(recipe, "feature_network", lambda name, device, weights: {"lite0": Colours()}[name])
     args = arguments("--val-data-path", str(folder), "--val-features", "lite0", "--val-images", "10", "--ema")
     step = new_step("--ema")
     step.model.train()
@@ -313,6 +310,8 @@ def test_held_out_images_are_measured_with_features_and_shown(folder, monkeypatc
     values = held_out.measure()
     assert {"psnr", "KD-colours", "FD-colours", "ema_psnr", "ema_FD-colours"} <= values.keys()
     assert values["FD-colours"] == pytest.approx(values["ema_FD-colours"])  # not trained yet: the same weights
+    monkeypatch.setattr(Colours, "comparable", True)
+    assert {"rFID", "KID", "ema_rFID"} <= HeldOut(args, step, CPU).measure().keys()
     shown = held_out.pictures()["reconstruction"]
     assert shown.shape == (20, 3, 16, 16)
     assert torch.equal(shown[:8], torch.stack([held_out.images[i][0] for i in range(8)]))

@@ -15,7 +15,8 @@ from dataset.build import build_dataset
 from dataset.images import SkipBad
 from dataset.sampler import training_loader
 from evaluations.distance import DistanceMonitor
-from evaluations.lite0 import Lite0
+from evaluations.features import FeatureNetwork
+from evaluations.networks import feature_network
 from tokenizer.build import build_tokenizer, describe_weights
 from tokenizer.tokenizer_image.evaluation import evaluate_reconstruction, reconstruct
 from tokenizer.tokenizer_image.quantizers import QUANTIZERS
@@ -125,7 +126,8 @@ class HeldOut:
         self.images = Subset(images, range(min(len(images), args.val_images)))
         models = {"": step.model} | ({"ema_": step.ema} if step.ema is not None else {})
         self.models = models
-        self.monitors = {prefix: self._monitor(model) for prefix, model in models.items()} if args.val_features else {}
+        network = feature_network(args.val_features, device, args.val_weights)
+        self.monitors = {prefix: self._monitor(network, model) for prefix, model in models.items()} if network else {}
 
     def measure(self) -> dict[str, float]:
         """PSNR, SSIM, LPIPS where training has it, use of the codebook, feature distances; with --ema of both."""
@@ -133,7 +135,9 @@ class HeldOut:
         for prefix, model in self.models.items():
             batches = DataLoader(self.images, batch_size=32)
             found = evaluate_reconstruction(model, batches, self.device, self.step.loss.perceptual_loss)
-            found |= self.monitors[prefix]() if self.monitors else {}
+            if self.monitors:
+                # An FID between images and their reconstructions is called rFID.
+                found |= {name.replace("FID", "rFID"): value for name, value in self.monitors[prefix]().items()}
             values |= {f"{prefix}{name}": value for name, value in found.items()}
         return values
 
@@ -144,14 +148,15 @@ class HeldOut:
         rows = zip(images.split(8), self._reconstructed(self.step.model, images).split(8))
         return {"reconstruction": torch.cat([row for pair in rows for row in pair])}
 
-    def _monitor(self, model: VQModel) -> DistanceMonitor:
+    def _monitor(self, network: FeatureNetwork, model: VQModel) -> DistanceMonitor:
         def draw(numbers: list[int]) -> Tensor:
             return to_uint8(self._reconstructed(model, self._originals(numbers)))
 
+        def originals(numbers: list[int]) -> Tensor:
+            return to_uint8(self._originals(numbers))
+
         count = len(self.images)
-        return DistanceMonitor(
-            Lite0(self.device), lambda numbers: to_uint8(self._originals(numbers)), count, draw, count
-        )
+        return DistanceMonitor(network, originals, count, draw, count)
 
     def _originals(self, numbers: list[int]) -> Tensor:
         return torch.stack([self.images[i][0] for i in numbers])

@@ -17,6 +17,7 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from evaluations.networks import CHOICES
 from tokenizer.build import add_vq_args
 from tokenizer.tokenizer_image.recipe import train
 from utils.args import add_bad_images_arg, add_optimizer_args, add_run_args, add_runtime_args, add_seed_arg, make_parser
@@ -35,9 +36,12 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--val-images", type=int, default=1000, help="how many of them, at most")
     data.add_argument(
         "--val-features",
-        choices=["lite0"],
-        help="also report Frechet and kernel distance in the features of this network (docs/evaluation.md)",
+        choices=CHOICES,
+        default="auto",
+        help="their distances too: rFID where Inception's weights are on this machine, else KD- and FD-lite0 where "
+        "that package is; none saves the time",
     )
+    data.add_argument("--val-weights", help="the frozen Inception graph classify_image_graph_def.pb")
     data.add_argument("--dataset", choices=DATASETS, default="imagenet", help="layout of the images")
     data.add_argument("--image-size", type=int, default=256, help="edge of the square crops in pixels")
     add_bad_images_arg(data)
