@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 
+from autoregressive.sample.pipeline import decode_codes
+from autoregressive.train.extraction import encode_crops
 from tests.commands.shell import make_images
 from tests.tokenizer.builders import tiny_vq
 from tokenizer.build import add_vq_args, load_tokenizer
@@ -259,6 +261,10 @@ def test_every_quantizer_trains_continues_bit_equal_and_loads(kind, folder, tmp_
     assert (tmp_path / "whole/pictures/0000004-reconstruction.png").is_file()
     model = load(tmp_path / "whole/checkpoints/0000004.pt", "--quantizer", kind)
     assert model.config.quantizer == kind and not model.training
+    codes = encode_crops(model, images(2)[None])
+    assert codes.shape == (1, 2, 16) and codes.max() < 64
+    with torch.no_grad():
+        torch.testing.assert_close(decode_codes(model, codes[0]), model(images(2))[0], atol=1e-4, rtol=1e-3)
     other = "lfq" if kind == "vq" else "vq"
     named = "--codebook-size 64" if kind == "vq" else f"--quantizer {kind}"
     with pytest.raises(checkpoint.CheckpointError, match=f"it would fit --vq-model VQ-4-S .*{named}"):

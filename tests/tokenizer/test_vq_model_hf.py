@@ -26,6 +26,15 @@ def test_round_trip(tmp_path):
     assert "license: mit" in card and "- llamagen" in card and "- text-to-image" in card
 
 
+@pytest.mark.parametrize("kind", ["fsq", "lfq", "ema", "ibq"])
+def test_other_quantizers_travel_along(kind, tmp_path):
+    model = VQModelHF(tiny_vq(quantizer=kind, fsq_levels=[5, 3] if kind == "fsq" else None).config)
+    model.save_pretrained(tmp_path)
+    loaded = VQModelHF.from_pretrained(tmp_path)
+    assert loaded.config == model.config and type(loaded.quantize) is type(model.quantize)
+    assert torch.equal(loaded.quantize.codebook(), model.quantize.codebook())
+
+
 def test_published_config(tmp_path):
     """The config of the published sizes has exactly the ten fields other readers know, flat."""
     with torch.device("meta"):
