@@ -39,15 +39,16 @@ def test_two_processes_learn_running_means_and_revive_like_one(images, tmp_path)
 
 def test_training_with_everything_on_is_killed_and_ends_bit_equal(images, tmp_path):
     command = [VQ_TRAIN, *VQ_FLAGS, "--data-path", images, "--image-size", 24, "--quantizer", "ema", "--ema",
-               "--disc-weight", 0.5, "--disc-start", 5, "--disc-adaptive-weight", "--mixed-precision", "fp16",
+               "--disc-weight", 0.5, "--disc-start", 3, "--disc-layers", 2, "--disc-adaptive-weight",
+               "--mixed-precision", "fp16",
                "--gradient-accumulation-steps", 2, "--gradient-checkpointing", "--warmup-steps", 3, "--lr-schedule",
-               "cosine", "--max-steps", 30, "--ckpt-every", 3, "--keep-last", 2]  # fmt: skip
+               "cosine", "--max-steps", 10, "--ckpt-every", 2, "--keep-last", 2]  # fmt: skip
     run(*command, "--run-dir", tmp_path / "whole")
     process = start(*command, "--run-dir", tmp_path / "killed")
-    interrupt(process, has_checkpoint(tmp_path / "killed"), signal.SIGKILL, random.random() * 2)
-    assert checkpoint.step_of(checkpoint.latest(tmp_path / "killed/checkpoints")) < 30
+    interrupt(process, has_checkpoint(tmp_path / "killed"), signal.SIGKILL, random.random() * 0.5)
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "killed/checkpoints")) < 10
     run(*command, "--run-dir", tmp_path / "killed")
-    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints/0000030.pt") for name in ("whole", "killed"))
+    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints/0000010.pt") for name in ("whole", "killed"))
     for part in ("model", "ema", "discriminator"):
         assert all(torch.equal(whole[part][key], killed[part][key]) for key in whole[part]), part
     assert whole["scaler"] == killed["scaler"] and whole["scaler_disc"] == killed["scaler_disc"]
