@@ -197,13 +197,19 @@ class Text2ImgDatasetCode(_CaptionedItems):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if index not in self.bad:
-            stem, line = self.keys[index]
             try:
-                codes = torch.from_numpy(self.codes.read(stem, line, self.vocab_size))
-                return self._item(codes, self.features.read(stem, line))
+                return self._item(self.read_codes(index)[None], self.features.read(*self.keys[index]))
             except ValueError as error:
                 self.bad.add(index, error)
         return self._invalid(torch.zeros(1, self.grid_tokens, dtype=torch.int64))
+
+    def read_codes(self, index: int) -> Tensor:
+        """The codes of item `index` alone, int64 (T,).
+
+        Raises:
+            ValueError: when they are damaged or outside the vocabulary.
+        """
+        return torch.from_numpy(self.codes.read(*self.keys[index], self.vocab_size))[0]
 
 
 def grid_tokens(args: Namespace) -> int:

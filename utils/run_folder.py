@@ -35,6 +35,8 @@ _FREE_FLAGS = {
     "num_threads",
     "val_every",
     "val_images",
+    "sample_images",
+    "sample_cfg_scale",
     "gpt_ckpt",
     "vq_ckpt",
     "results_dir",

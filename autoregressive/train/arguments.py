@@ -35,8 +35,12 @@ def add_training_args(
     )
     start.add_argument("--init-from-ema", action="store_true", help="take its averaged weights, where it has them")
     _add_dropout_args(parser)
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument("--sample-images", type=int, default=16, help="with --vq-ckpt: draw so many at validations")
+    pictures.add_argument("--sample-cfg-scale", type=float, default=2.0, help="their guidance scale")
     precisions = FULL_PRECISION + HALF_PRECISION
     add_optimizer_args(parser, epochs=300, global_batch_size=256, precisions=precisions)
+    parser.add_argument("--ema-decay", type=float, default=0.9999, help="memory of --ema; about 1 / (1 - decay) steps")
     add_parallel_args(parser, data_parallel)
     add_guard_args(parser)
     add_run_args(parser, "results")

@@ -11,15 +11,20 @@ from torch.utils.data import Dataset
 
 from autoregressive.build import describe_weights
 from autoregressive.models.gpt import Transformer
+from autoregressive.train.extraction import load_fitting_tokenizer
 from autoregressive.train.inputs import Inputs, make_inputs
+from autoregressive.train.pictures import SamplePictures, decoded_batch, some_captions, spread_labels
+from autoregressive.train.sanity import check_codes
 from autoregressive.train.step import TrainStep
 from autoregressive.train.validation import HeldOut, Validator
 from dataset.sampler import training_loader
+from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint
 from utils.args import apply_threads
-from utils.distributed import process_group
+from utils.distributed import is_main, process_group
 from utils.flops import training_flops_per_image
 from utils.guard import LossGuard
+from utils.image import make_grid_image, save_png
 from utils.logger import create_logger
 from utils.precision import allow_tf32
 from utils.run_folder import RunFolder, open_run
@@ -69,9 +74,13 @@ def make_trainer(
         stateful=step.stateful(),
         settings=settings,
         extra={"args": vars(args)},
-        validate=_validator(args, step, device),
         cost=step_cost(step.model, args.global_batch_size),
     )
+    held_out = inputs.codes(args.val_code_path) if args.val_code_path else None
+    if held_out is not None:
+        share = HeldOut(held_out, args.val_images)
+        trainer.validate = Validator(share, inputs, step.model, step.ema, device, args.mixed_precision)
+    look_at_data(args, inputs, data, held_out, trainer)
     if args.init_from and run.latest_checkpoint() is None:
         for part in filter(None, (step.model, step.ema)):
             checkpoint.load_weights(part, args.init_from, prefer_ema=args.init_from_ema, suggest=describe_weights)
@@ -85,8 +94,41 @@ def step_cost(model: Transformer, images: int) -> StepCost:
     return StepCost(images * model.block_size, images * training_flops_per_image(model.config))
 
 
-def _validator(args: argparse.Namespace, step: TrainStep, device: torch.device) -> Validator | None:
-    if not args.val_code_path:
-        return None
-    held_out = HeldOut(step.inputs.codes(args.val_code_path), args.val_images)
-    return Validator(held_out, step.inputs, step.model, step.ema, device, args.mixed_precision)
+def look_at_data(
+    args: argparse.Namespace, inputs: Inputs, data: Dataset, held_out: Dataset | None, trainer: Trainer
+) -> None:
+    """Check the codes, and with --vq-ckpt show them in pictures/data.png and let the trainer draw."""
+    if is_main():
+        check_codes(args, data, held_out, trainer.logger)
+    if not args.vq_ckpt:
+        return
+    tokenizer = load_fitting_tokenizer(args, inputs.device)
+    if tokenizer.config.codebook_size != args.vocab_size:
+        raise ValueError(
+            f"the tokenizer {args.vq_ckpt} has {tokenizer.config.codebook_size} codes, --vocab-size is "
+            f"{args.vocab_size}; give the tokenizer that the codes were made with"
+        )
+    if is_main():
+        shown = decoded_batch(inputs, data, tokenizer)
+        save_png(make_grid_image(shown, 8), trainer.run.path / "pictures" / "data.png")
+    if args.sample_images:
+        trainer.pictures = _pictures(args, inputs, held_out or data, tokenizer, trainer.step)
+
+
+def _pictures(
+    args: argparse.Namespace, inputs: Inputs, samples: Dataset, tokenizer: VQModel, step: TrainStep
+) -> SamplePictures:
+    if args.gpt_type == "c2i":
+        conditions, text = spread_labels(args.num_classes, args.sample_images, inputs.device), None
+    else:
+        conditions, text = some_captions(inputs, samples, args.sample_images)
+    return SamplePictures(
+        {"samples": step.model} | ({"samples-ema": step.ema} if step.ema is not None else {}),
+        tokenizer,
+        conditions,
+        text,
+        precision=args.mixed_precision,
+        seed=args.global_seed,
+        cfg_scale=args.sample_cfg_scale if args.class_dropout_prob > 0 else 1.0,
+        everywhere=args.data_parallel != "ddp",
+    )

@@ -68,7 +68,7 @@ class TrainStep:
             return {}
         self.optimizers.apply(self.scaler)
         if self.ema is not None:
-            update_ema(self.ema, self.model)
+            update_ema(self.ema, self.model, self.args.ema_decay)
         return {"loss": loss, "grad_norm": norm, "lr": torch.tensor(args.lr * factor)}
 
     def _backward(self, batch: Sequence[Tensor], share: float, last: bool) -> Tensor:

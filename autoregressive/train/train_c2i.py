@@ -22,6 +22,7 @@ import torch
 
 from autoregressive.train.arguments import add_code_args, add_training_args
 from autoregressive.train.recipe import train
+from tokenizer.build import add_vq_args
 from utils.args import make_parser
 from utils.errors import run
 from utils.optim import adamw, decay_groups
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     add_code_args(flags.add_argument_group("data"), "imagenet_code", required=True)
+    add_vq_args(flags)
     add_training_args(flags, gpt_type="c2i")
     return flags
 
