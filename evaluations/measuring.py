@@ -73,7 +73,7 @@ def measure(path: str | Path, how: HowToMeasure, what: str) -> Measured:
     """
     pictures = open_pictures(path)
     check_count(pictures)
-    seen = _look(pictures, how, what)
+    seen = look(pictures, how, what)
     count, height, width, _ = pictures.shape
     stored = read_arrays(pictures.path, STORED) if isinstance(pictures, NpzPictures) else {}
     facts = Facts(str(path), None, count, (height, width), "mu" in stored)
@@ -84,7 +84,8 @@ def measure(path: str | Path, how: HowToMeasure, what: str) -> Measured:
     return Measured(facts, pool, spatial, seen.features, seen.score)
 
 
-def _look(pictures: PictureSet, how: HowToMeasure, what: str) -> PictureStatistics:
+def look(pictures: PictureSet, how: HowToMeasure, what: str) -> PictureStatistics:
+    """The statistics and features of pictures, each put through the network by one of the processes."""
     count = pictures.shape[0]
     share, order = rank_share(count), None
     if how.shuffle_seed is not None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from evaluations.bias import bootstrap_interval, frechet_at_infinity
+from evaluations.c2i import lite0_evaluation
 from evaluations.features import FeatureNetwork
 from evaluations.inception import Inception
 from evaluations.inception_weights import find_weights, identify
@@ -34,6 +35,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         FileNotFoundError, ValueError: for files that cannot be compared.
     """
+    if args.features == "lite0":
+        return _evaluate_lite0(args)
     with process_group(args.device) as device:
         weights = find_weights(args.weights)
         network = load_network(args.backend, weights, device)
@@ -59,6 +62,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         }
         write_report(report, text_path(args.sample_batch), json_path(args), not args.no_txt)
         return report
+
+
+def _evaluate_lite0(args: argparse.Namespace) -> dict[str, Any] | None:
+    from evaluations.lite0 import Lite0  # an optional package
+
+    with process_group(args.device) as device:
+        report = lite0_evaluation.compare(args, Lite0(device), device)
+        if report is not None:
+            _say(f"network: {report['network']['label']}")
+            text = text_path(args.sample_batch)
+            places = [text.with_name(text.name.removesuffix(".txt") + end) for end in (".lite0.txt", ".lite0.json")]
+            write_report(report, places[0], Path(args.json or places[1]), not args.no_txt)
+    return report
 
 
 def load_network(backend: str, weights: Path, device: torch.device) -> FeatureNetwork:

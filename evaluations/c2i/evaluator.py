@@ -30,6 +30,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("sample_batch", help="the samples: npz or folder")
     network = flags.add_argument_group("network")
     network.add_argument(
+        "--features",
+        choices=["inception", "lite0"],
+        default="inception",
+        help="lite0 needs no download, and prints KD-lite0 and FD-lite0 in place of the FID",
+    )
+    network.add_argument(
         "--backend",
         choices=["torch", "tensorflow"],
         default="torch",
