@@ -110,6 +110,17 @@ class TestInterface:
             width = model.config.codebook_embed_dim
             torch.testing.assert_close(model.decode_code(indices, (2, width, 4, 4)), model.decode(quant))
 
+    def test_compiled_it_is_one_graph_with_the_same_results(self, kind):
+        results = []
+        for compiled in (False, True):
+            quantizer = _new(kind).train()
+            call = torch.compile(quantizer, backend="aot_eager", fullgraph=True) if compiled else quantizer
+            z = _latents(quantizer).requires_grad_()
+            quant, losses, (_, _, indices) = call(z)
+            (quant.square().sum() + sum(losses[:3])).backward()
+            results.append((quant.detach(), z.grad, indices, losses[3], dict(quantizer.named_buffers())))
+        torch.testing.assert_close(*results)
+
     def test_placing_codes(self, kind):
         quantizer, latents = _new(kind), torch.randn(100, code_shape(kind, 64, 8)[1])
         if not quantizer.learned:

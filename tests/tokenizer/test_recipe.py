@@ -356,6 +356,15 @@ def test_the_log_says_what_is_trained_on_what(folder, tmp_path):
         assert line in log, line
 
 
+def test_settings_that_cannot_be(folder):
+    with pytest.raises(ValueError, match=r"--ema-decay must lie in \[0, 1\)"):
+        new_step("--ema-decay", "1")
+    args = arguments("--val-data-path", str(folder), "--val-images", "0")
+    with pytest.raises(ValueError, match="--val-images is 0, of 12 images"):
+        HeldOut(args, new_step(), CPU)
+    assert "codebook_usage" not in new_step("--log-every", "0", *GAN)([(images(2, 32), None)], 1)
+
+
 def test_lpips_is_measured_where_training_has_it():
     class Distance(torch.nn.Module):
         def forward(self, reference, seen):

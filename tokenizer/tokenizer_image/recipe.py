@@ -124,6 +124,8 @@ class HeldOut:
         settings = argparse.Namespace(**{**vars(args), "data_path": args.val_data_path, "dataset": layout})
         images = build_dataset(settings, transform=eval_transform(args.image_size))
         self.images = Subset(images, range(min(len(images), args.val_images)))
+        if not len(self.images):
+            raise ValueError(f"nothing to validate with: --val-images is {args.val_images}, of {len(images)} images")
         models = {"": step.model} | ({"ema_": step.ema} if step.ema is not None else {})
         self.models = models
         network = feature_network(args.val_features, device, args.val_weights)

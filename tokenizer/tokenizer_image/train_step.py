@@ -117,6 +117,8 @@ class TrainStep:
         total_steps: int,
         logger: logging.Logger | None = None,
     ) -> None:
+        if not 0 <= args.ema_decay < 1:
+            raise ValueError(f"--ema-decay must lie in [0, 1), but is {args.ema_decay}")
         self.args, self.model, self.device, self.total_steps = args, model, device, total_steps
         self.loss = new_loss_once_downloaded(args).to(device)
         self.log = {"logger": logger if is_main() else None, "log_every": args.log_every}
@@ -166,7 +168,7 @@ class TrainStep:
         return {**terms, "lr": torch.tensor(args.lr * factor)}
 
     def _is_logged(self, number: int) -> bool:
-        return number % self.args.log_every == 0
+        return self.args.log_every > 0 and number % self.args.log_every == 0
 
     def _generator_pass(self, images: Tensor, number: int, parts: int, last: bool) -> tuple[Tensor, Tensor]:
         alone = not hasattr(self.wrapped, "no_sync")

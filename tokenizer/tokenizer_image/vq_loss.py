@@ -148,7 +148,7 @@ class VQLoss(nn.Module):
             loss = self._discriminator_loss(inputs, reconstructions, global_step)
         else:
             return None
-        if logger is not None and global_step % log_every == 0:
+        if logger is not None and log_every > 0 and global_step % log_every == 0:
             side = "Generator" if optimizer_idx == 0 else "Discriminator"
             logger.info(f"({side}) " + ", ".join(f"{name}: {term:.4f}" for name, term in self.terms.items()))
         return loss
