@@ -163,6 +163,8 @@ class Trainer:
     def _log(self, window: _Window, metrics: Metrics, bar: tqdm) -> None:
         means, steps_per_second = self._finite_means(window), window.steps_per_second()
         window.reset()
+        if not means:  # every step since the last line was refused, as the log says
+            return
         speed = speed_of(self.cost, steps_per_second, self.device, get_world_size())
         remaining = (self.settings.total_steps - self.steps_done) / steps_per_second
         self.logger.info(log_line(self.steps_done, means, speed, remaining))

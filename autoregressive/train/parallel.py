@@ -124,8 +124,8 @@ def _checkpoint_blocks(model: Transformer, mode: str) -> None:
 
 
 def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, **options)
+    def run(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(forward, *inputs, **named, **options)
 
     return run
 

@@ -1,5 +1,6 @@
 """A training that stops and continues, with as many processes or others, sharded or not, is one that never stopped."""
 
+import argparse
 import json
 import os
 import pickle
@@ -129,6 +130,22 @@ def test_the_established_sharded_trainers_folder_continues(command, sharded, cod
     theirs, ours = newest(tmp_path / "theirs"), newest(tmp_path / "ours")
     torch.testing.assert_close(theirs["model"], ours["model"], atol=0, rtol=0)
     assert theirs["optimizer"]["state"][0]["step"] == 6
+
+
+def test_the_established_ddp_file_continues_and_the_commands_rate_wins(codes, tmp_path):
+    """A file with a Namespace inside and moments, as train_c2i.py of the established project writes it."""
+    run(train_c2i, 1, codes, tmp_path / "start", 3)
+    ours = checkpoint.latest(tmp_path / "start/checkpoints")
+    content = checkpoint.read(ours)
+    established = {name: content[name] for name in ("model", "ema", "optimizer", "steps")}
+    for group in established["optimizer"]["param_groups"]:
+        group["lr"] = 123.0
+    (tmp_path / "theirs").mkdir()
+    torch.save({**established, "args": argparse.Namespace(lr=123.0)}, tmp_path / "theirs/0000003.pt")
+    for name, given in (("a", ours), ("b", tmp_path / "theirs/0000003.pt")):
+        run(train_c2i, 1, codes, tmp_path / name, 5, "--gpt-ckpt", given)
+    assert_same(newest(tmp_path / "a"), newest(tmp_path / "b"), atol=0, rtol=0)
+    assert [group["lr"] for group in newest(tmp_path / "b")["optimizer"]["param_groups"]] == [1e-3 * 5 / 6] * 2
 
 
 def test_missing_optimizer_files_are_said(sharded, codes, tmp_path):

@@ -1,0 +1,175 @@
+"""Trainings that are preempted, lose a process, meet a broken batch or run out of disk."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoregressive.train import recipe, train_c2i, train_c2i_fsdp
+from autoregressive.train.recipe import train
+from autoregressive.train.step import TrainStep
+from tests.commands.shell import GPT_FLAGS, ROOT, command_line, environment
+from tests.commands.test_faults import random_codes
+from tests.processes import in_processes
+from utils import checkpoint
+from utils.errors import REQUEUE
+from utils.errors import run as as_command
+from utils.logger import read_metrics
+
+FSDP = "autoregressive/train/train_c2i_fsdp.py"
+NO_CHANCE = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0"]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    return random_codes(tmp_path_factory.mktemp("codes"))
+
+
+def arguments(command, *flags):
+    return command.parser().parse_args([*map(str, [*GPT_FLAGS, "--lr", "1e-3", *flags])])
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [entry["step"] for entry in read_metrics(folder / "metrics.jsonl")]
+
+
+def exit_code_of_a_signal(command, signum, rank, run_dir, *flags):
+    """The exit code of a training that gets `signum` in process `rank` alone, once three steps are logged."""
+
+    def send():
+        while len(steps_of(run_dir)) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signum)
+
+    if int(os.environ.get("RANK", 0)) == rank:
+        threading.Thread(target=send, daemon=True).start()
+    try:
+        as_command(lambda: train(arguments(command, "--run-dir", run_dir, "--max-steps", 100_000, *flags)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("command", "signum"),
+    [(train_c2i, signal.SIGTERM), (train_c2i, signal.SIGUSR1), (train_c2i_fsdp, signal.SIGUSR1)],
+    ids=["ddp-term", "ddp-usr1", "fsdp-usr1"],
+)
+def test_a_warning_to_one_process_saves_and_asks_for_another_start(command, signum, codes, tmp_path):
+    flags = [command, signum, 1, tmp_path, "--code-path", codes, "--ckpt-every", 100_000]
+    assert in_processes(2, exit_code_of_a_signal, *flags) == [REQUEUE, REQUEUE] == [75, 75]
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert checkpoint.read(newest)["steps"] == checkpoint.step_of(newest) >= 3
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_process_is_killed_and_nothing_changes(codes, tmp_path):
+    """SIGKILL to one of two processes: the launcher starts both again, they go on from the last whole checkpoint."""
+    flags = [*GPT_FLAGS, "--code-path", codes, "--max-steps", 30, "--ckpt-every", 5, "--lr", "1e-3", *NO_CHANCE]
+    in_processes(2, whole_training, train_c2i_fsdp, *flags, "--run-dir", tmp_path / "whole")
+    line = command_line(FSDP, *flags, "--run-dir", tmp_path / "killed", processes=2)
+    line[line.index(FSDP) : line.index(FSDP)] = ["--max-restarts=1", "--monitor-interval=1"]
+    launcher = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        while checkpoint.latest(tmp_path / "killed/checkpoints") is None:
+            assert launcher.poll() is None, launcher.communicate()[0].decode()
+            time.sleep(0.02)
+        os.kill(worker_of(launcher.pid), signal.SIGKILL)
+        printed = launcher.communicate(timeout=240)[0].decode()
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, printed[-3000:]
+    assert "Resume training from checkpoint" in printed
+    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints/0000030") for name in ("whole", "killed"))
+    torch.testing.assert_close(whole["model"], killed["model"], atol=0, rtol=0)
+    assert steps_of(tmp_path / "killed") == list(range(1, 31))
+
+
+def whole_training(command, *flags):
+    train(command.parser().parse_args([*map(str, flags)]))
+
+
+def worker_of(launcher: int) -> int:
+    """The last process that torchrun has started."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return int(children[-1])
+
+
+class BrokenStep(TrainStep):
+    """A training whose forward gives nonsense at some steps."""
+
+    broken: dict[int, float] = {}
+
+    def __call__(self, batches, number):
+        self.factor = self.broken.get(number, 1.0)
+        return super().__call__(batches, number)
+
+    def _backward(self, batch, share, last):
+        return super()._backward(batch, share * self.factor, last)
+
+
+def broken_training(command, broken, *flags):
+    BrokenStep.broken = broken
+    recipe.TrainStep = BrokenStep
+    train(arguments(command, *flags))
+
+
+@pytest.mark.parametrize(("command", "world"), [(train_c2i, 1), (train_c2i_fsdp, 2)], ids=["ddp", "fsdp"])
+def test_a_broken_step_is_left_out_and_its_batch_kept(command, world, codes, tmp_path):
+    flags = ["--code-path", codes, "--max-steps", 26, "--run-dir", tmp_path, "--on-bad-loss", "skip", "--ema",
+             "--spike-threshold", 5, "--consolidated", "last"]  # fmt: skip
+    in_processes(world, broken_training, command, {4: float("nan"), 25: 50.0}, *flags)
+    assert steps_of(tmp_path) == [step for step in range(1, 27) if step not in (4, 25)]
+    kept = sorted(path.name for path in (tmp_path / "bad-batches").iterdir())
+    assert kept == [f"{step:07d}-rank{rank}.pt" for step in (4, 25) for rank in range(world)]
+    batch = checkpoint.read(tmp_path / "bad-batches" / kept[0])["batches"][0]
+    assert batch[0].shape == (4 // world, 1, 16) and batch[1].shape == (4 // world, 1)
+    content = checkpoint.read(checkpoint.latest(tmp_path / "checkpoints"))
+    assert content["optimizer"]["state"][0]["step"] == 24  # of 26
+    assert all(value.isfinite().all() for value in content["model"].values())
+
+
+@pytest.mark.parametrize("command", [train_c2i, train_c2i_fsdp], ids=["ddp", "fsdp"])
+def test_a_broken_step_stops_all_processes_and_the_checkpoint_before_it_stays(command, codes, tmp_path):
+    flags = ["--code-path", codes, "--max-steps", 9, "--ckpt-every", 2, "--run-dir", tmp_path]
+    with pytest.raises(AssertionError, match=r"(?s)not a finite number \(nan\) at step 4.*at step 4"):
+        in_processes(2, broken_training, command, {4: float("nan")}, *flags)
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "checkpoints")) == 2
+    assert len(list((tmp_path / "bad-batches").iterdir())) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc/mounts"), reason="mounting a small disk needs root")
+def test_a_full_disk_leaves_the_sharded_checkpoint_before(codes, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=34m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        flags = ["--code-path", codes, "--max-steps", 9, "--ckpt-every", 1, "--run-dir", disk / "run"]
+        with pytest.raises(AssertionError, match=r"(?s)ValueError: no space left.*ValueError: no space left"):
+            in_processes(2, whole_training_of, train_c2i_fsdp, *flags)
+        kept = sorted((disk / "run/checkpoints").iterdir())
+        assert kept and all(checkpoint.read(path)["steps"] == checkpoint.step_of(path) for path in kept)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def whole_training_of(command, *flags):
+    train(arguments(command, *flags))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("command", "world"), [(train_c2i, 1), (train_c2i_fsdp, 2)], ids=["ddp", "fsdp"])
+def test_half_precision_trains_close_to_full(command, world, precision, codes, tmp_path):
+    flags = ["--code-path", codes, "--max-steps", 8, *NO_CHANCE]
+    for name in (precision, "none"):
+        in_processes(world, whole_training_of, command, *flags, "--mixed-precision", name, "--run-dir", tmp_path / name)
+    half, full = (read_metrics(tmp_path / name / "metrics.jsonl") for name in (precision, "none"))
+    assert [entry["loss"] for entry in half] == pytest.approx([entry["loss"] for entry in full], abs=0.02)
+    assert half[-1]["loss"] < half[0]["loss"]
