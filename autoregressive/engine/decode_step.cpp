@@ -569,28 +569,42 @@ uint32_t kth_largest(const float* x, int64_t count, int64_t k, std::vector<uint3
     return bin[k - above - 1];
 }
 
+// Random words of the tokens 16 i .. 16 i + 15: four blocks of four.
+inline void random_words(int64_t i, uint32_t position, uint64_t seed, uint32_t (&words)[LANES]) {
+    for (int64_t block = 0; block < 4; block++) {
+        uint32_t four[4] = {uint32_t(4 * i + block), position, 0, 0};
+        philox(four, uint32_t(seed), uint32_t(seed >> 32));
+        std::memcpy(words + 4 * block, four, sizeof four);
+    }
+}
+
+inline float largest(const float* x, int64_t count) {
+    float best = x[0];
+    int64_t i = 0;
+    if (count >= LANES) {
+        Floats most = load(x);
+        for (i = LANES; i + LANES <= count; i += LANES) most = load(x + i) > most ? load(x + i) : most;
+        for (int lane = 0; lane < LANES; lane++) best = std::max(best, most[lane]);
+    }
+    for (; i < count; i++) best = std::max(best, x[i]);
+    return best;
+}
+
 // One token of `logits` (vocab,): the best, or with `seed` argmax of p / e, e exponential by (seed, position, token).
 int64_t draw_row(const float* logits, int64_t vocab, float temperature, int64_t top_k, const uint64_t* seed,
                  uint32_t position, float* x, std::vector<uint32_t>& bin) {
-    float best = -std::numeric_limits<float>::infinity();
-    int64_t token = 0;
-    for (int64_t i = 0; i < vocab; i++) {
-        x[i] = logits[i] / temperature;
-        if (x[i] > best) best = x[i], token = i;
-    }
-    if (!seed) return token;
+    for (int64_t i = 0; i < vocab; i++) x[i] = logits[i] / temperature;
+    const float best = largest(x, vocab);
+    int64_t token = std::find(x, x + vocab, best) - x;
+    if (!seed || token == vocab) return std::min(token, vocab - 1);  // all NaN: the last, rather than nowhere
     const uint32_t least = top_k > 0 && top_k < vocab ? kth_largest(x, vocab, top_k, bin) : 0;
     float winner = -1;
-    int64_t block = -1;
-    uint32_t random[4] = {};
+    int64_t drawn = -1;
+    uint32_t words[LANES] = {};
     for (int64_t i = 0; i < vocab; i++) {
         if (ranked(x[i]) < least) continue;
-        if (i / 4 != block) {
-            block = i / 4;
-            random[0] = uint32_t(block), random[1] = position, random[2] = random[3] = 0;
-            philox(random, uint32_t(*seed), uint32_t(*seed >> 32));
-        }
-        const float share = std::exp(x[i] - best), u = (float(random[i % 4]) + 0.5f) * 0x1p-32f;
+        if (i / LANES != drawn) random_words(drawn = i / LANES, position, *seed, words);
+        const float share = std::exp(x[i] - best), u = (float(words[i % LANES]) + 0.5f) * 0x1p-32f;
         if (share <= winner * u) continue;  // e = -log(1 - u) is at least u
         const float ratio = share / -std::log1p(-u);
         if (ratio > winner) winner = ratio, token = i;
@@ -624,6 +638,11 @@ void draw_tokens(const float* logits, int64_t rows, int64_t vocab, float tempera
             tokens[r] = draw_row(logits + r * vocab, vocab, temperature, top_k, seeds ? seeds + r : nullptr,
                                  uint32_t(position), x.data(), bin);
     });
+}
+
+// out (n,) = uncond + scale * (cond - uncond)
+void guide(const float* cond, const float* uncond, float scale, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i++) out[i] = uncond[i] + scale * (cond[i] - uncond[i]);
 }
 
 // What the compiler was allowed to use: 1 AVX-512 BF16, 2 AVX-512 VNNI, 4 AVX-512, 8 AVX2.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.engine import compiler
+from autoregressive.engine.memory import Arena
 from autoregressive.engine.packing import (
     LANES,
     PER_WORD,
@@ -23,6 +24,7 @@ from autoregressive.engine.packing import (
 from autoregressive.models.cache import DecodeCache
 from autoregressive.models.engine import Engine
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.guidance import guided_logits
 from autoregressive.models.noise import ImageNoise
 
 
@@ -63,9 +65,11 @@ class PackedModel:
         self.activation_dtype = model.tok_embeddings.weight.dtype
         weight_dtype = torch.int8 if quantize == "int8" else self.activation_dtype
         self._kept: list[Any] = []
+        arena = Arena()
         self.weight_bytes = 0
 
         def matrix(packed: Packed) -> Matrix:
+            packed.data = arena.store(packed.data)
             self._kept.append(packed)
             self.weight_bytes += packed.nbytes
             return packed.structure()
@@ -103,8 +107,9 @@ class NativeCache:
         self.rows, self.positions, self.length = rows, round_up(positions, LANES), 0
         per, heads = PER_WORD[dtype], (config.n_layer, rows, config.kv_heads)
         blocks = -(-config.head_dim // LANES)
-        self.keys = torch.zeros(*heads, self.positions // LANES, config.head_dim // per, LANES, dtype=torch.int32)
-        self.values = torch.zeros(*heads, self.positions // per, blocks, LANES, dtype=torch.int32)
+        arena = Arena()
+        self.keys = arena.zeros((*heads, self.positions // LANES, config.head_dim // per, LANES))
+        self.values = arena.zeros((*heads, self.positions // per, blocks, LANES))
         self.h = torch.empty(rows, config.dim)
         self.wide, self.packed = torch.zeros(rows, packed.width), torch.zeros(rows, packed.width)
         self.row_scale = torch.empty(rows)
@@ -210,6 +215,18 @@ class NativeEngine(Engine):
         self._library.decode_step(ctypes.byref(packed.structure), ctypes.byref(step))
         cache.length += 1
         return logits
+
+    def guide(self, logits: Tensor, cfg_scale: float) -> Tensor:
+        """As `guided_logits`, without waking PyTorch's threads: on a small machine they get in the way of ours."""
+        if cfg_scale == 1 or logits.shape[1] != 1:
+            return guided_logits(logits, cfg_scale)
+        cond, uncond = logits.contiguous().chunk(2)
+        out = torch.empty_like(cond)
+        self._library.guide(
+            ctypes.c_void_p(cond.data_ptr()), ctypes.c_void_p(uncond.data_ptr()), ctypes.c_float(cfg_scale),
+            ctypes.c_int64(out.numel()), ctypes.c_void_p(out.data_ptr()),
+        )  # fmt: skip
+        return out
 
     def sample(self, logits: Tensor, **sampling: Any) -> tuple[Tensor, Tensor | None]:
         """As `sampling.sample`; the common case is drawn in C++, without the probabilities."""

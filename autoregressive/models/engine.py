@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoregressive.models.cache import DecodeCache
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.guidance import guided_logits
 from autoregressive.models.sampling import sample
 
 
@@ -63,6 +64,10 @@ class Engine:
         """Logits float32 (B, S, V), like `Transformer.forward` with a cache: of a condition, or of one token each."""
         logits, _ = self.model(idx, cond_idx, input_pos, cache=cache, last_only=last_only)
         return logits, None
+
+    def guide(self, logits: Tensor, cfg_scale: float) -> Tensor:
+        """Guided logits (B, S, V) from those of [cond; uncond] (2B, S, V)."""
+        return guided_logits(logits, cfg_scale)
 
     def sample(self, logits: Tensor, **sampling: Any) -> tuple[Tensor, Tensor | None]:
         """Tokens int64 (B, 1) drawn from the last of `logits` (B, S, V); the options are `sampling.sample`'s."""

@@ -54,7 +54,7 @@ def prefill(
     """
     logits, _ = model(None, cond_idx, input_pos, cache=cache, last_only=True)
     if uses_guidance(cfg_scale) or with_null:
-        logits = guided_logits(logits, cfg_scale)
+        logits = _guide(model)(logits, cfg_scale)
     return _sampler(model)(logits, **sampling_kwargs)[0]
 
 
@@ -77,7 +77,7 @@ def decode_one_token(
     guided = uses_guidance(cfg_scale) and cfg_flag
     if guided or with_null:
         logits, _ = model(torch.cat([x, x]), None, input_pos, cache=cache)
-        logits = guided_logits(logits, cfg_scale if guided else 1.0)
+        logits = _guide(model)(logits, cfg_scale if guided else 1.0)
     else:
         logits, _ = model(x, None, input_pos, cache=cache)
     return _sampler(model)(logits, **sampling_kwargs)
@@ -241,6 +241,10 @@ def _check_given(given: Tensor | None, batch: int, count: int, vocab_size: int) 
         raise ValueError(
             f"given tokens are -1 (none) to {vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
         )
+
+
+def _guide(model: Model) -> Callable[[Tensor, float], Tensor]:
+    return model.guide if isinstance(model, Engine) else guided_logits
 
 
 def _sampler(model: Model) -> Callable[..., tuple[Tensor, Tensor | None]]:
