@@ -7,6 +7,7 @@ for the same logits, and image i independent of the batch around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Engine:
 
     name = "eager"
     compile_seconds = 0.0  # that making this engine took
+    decode_n_tokens: Callable[..., Tensor] | None = None  # the whole loop, where an engine has its own
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

@@ -200,7 +200,12 @@ def generate(
         if on_token is not None:
             on_token(0)
         options.update(scales=scales[1:], heat=heat[1:], on_token=on_token)
-        tokens[:, 1:] = decode_n_tokens(model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options)
+        if isinstance(model, Engine) and model.decode_n_tokens is not None:
+            tokens[:, 1:] = model.decode_n_tokens(first, positions[prefix:], decoded, **options)
+        else:
+            tokens[:, 1:] = decode_n_tokens(
+                model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options
+            )
     return tokens
 
 
