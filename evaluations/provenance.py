@@ -56,7 +56,7 @@ def _kind(settings: Mapping[str, Any]) -> str:
         return UNKNOWN
     if any(name in settings for name in ("gpt_model", "gpt_ckpt", "gpt_sha256")):
         return GENERATED
-    if any(name.startswith(("vq_", "vae", "weights")) or name == "autoencoder" for name in settings):
+    if any(name in settings for name in ("vq_sha256", "vqgan_sha256", "vae", "decoder", "padded_to")):
         return RECONSTRUCTED
     return ORIGINALS if "data_path" in settings else UNKNOWN
 
