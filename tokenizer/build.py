@@ -86,7 +86,9 @@ def load_tokenizer(args: argparse.Namespace, device: torch.device) -> VQModel:
 
 def _refuse_other_norm(trained_with: Any, model: VQModel, source: str) -> None:
     """Weights do not show whether codes are normalised when they are used; the flags they were trained with do."""
-    known = trained_with if isinstance(trained_with, Mapping) else vars(trained_with) if trained_with else {}
+    known = vars(trained_with) if isinstance(trained_with, argparse.Namespace) else trained_with
+    if not isinstance(known, Mapping):  # weights alone
+        return
     stored = known.get("codebook_l2_norm", model.config.codebook_l2_norm)
     if model.config.quantizer == "vq" and stored != model.config.codebook_l2_norm:
         raise checkpoint.CheckpointError(

@@ -15,6 +15,7 @@ from tests.tokenizer.builders import tiny_vq
 from tokenizer.build import add_vq_args, load_tokenizer
 from tokenizer.tokenizer_image import recipe, train_step, vq_train
 from tokenizer.tokenizer_image.evaluation import evaluate_reconstruction
+from tokenizer.tokenizer_image.lpips import vgg16
 from tokenizer.tokenizer_image.quantizers import QUANTIZERS
 from tokenizer.tokenizer_image.recipe import HeldOut, new_model, train
 from tokenizer.tokenizer_image.train_step import TrainStep, ema_decay, make_optimizers
@@ -354,6 +355,18 @@ def test_the_log_says_what_is_trained_on_what(folder, tmp_path):
         "(Discriminator) discriminator_adv_loss: ", "(step=0000001) Train Loss: ", "Saved checkpoint to ", "Done!",
     ):  # fmt: skip
         assert line in log, line
+
+
+def test_the_perceptual_loss_reads_a_local_file_and_is_measured(folder, tmp_path):
+    torch.manual_seed(0)
+    trunk = vgg16(pretrained=False).state_dict()  # 'slice1.0.weight' -> torchvision's 'features.0.weight'
+    checkpoint.save({f"features.{key.split('.', 1)[1]}": value for key, value in trunk.items()}, tmp_path / "vgg.pth")
+    flags = ["--perceptual-weight", "2", "--vgg-path", str(tmp_path / "vgg.pth")]
+    step = new_step(*flags)
+    terms = step([(images(2, 32), None)], 1)
+    assert terms["perceptual_loss"] > 0 and not any(p.requires_grad for p in step.loss.perceptual_loss.parameters())
+    args = arguments(*flags, "--image-size", "32", "--val-data-path", str(folder), "--val-images", "3")
+    assert HeldOut(args, step, CPU).measure()["lpips"] > 0
 
 
 def test_settings_that_cannot_be(folder):
