@@ -24,7 +24,7 @@ from autoregressive.models.generate import Model
 from autoregressive.sample import masks
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.editing import edit_codes, encode_images, last_drawn, paste_outside, with_rest
-from autoregressive.sample.painter import Painter, add_picture_args, class_ids
+from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
 from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sampling_options
 from dataset.augmentation import eval_transform
 from dataset.images import read_rgb
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--candidates", type=int, default=1, help="draw so many, take the one that the cells kept after it fit best"
     )
     how.add_argument("--paste", action="store_true", help="put the input's own pixels back where nothing was drawn")
-    add_picture_args(flags, labels=None, output=DEFAULT_OUTPUT)
+    add_class_args(flags, labels=None, output=DEFAULT_OUTPUT)
     add_model_args(flags)
     add_seed_arg(flags, "--seed")
     return flags
@@ -111,8 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
         painter = Painter(
             args,
-            ids,
-            names,
+            class_subjects(ids, names),
             lambda numbers, on_token: edited_codes(numbers, gpt, codes, mask, ids, args, on_token),
             decode,
             (last_drawn(mask) + 1) * args.candidates,

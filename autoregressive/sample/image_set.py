@@ -75,16 +75,17 @@ def eval_size(args: argparse.Namespace) -> int:
     return min(256, args.image_size) if args.image_size_eval is None else args.image_size_eval
 
 
-def folder_name(args: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
-    """The established name of a set of samples, and what it would not tell apart."""
+def folder_name(args: argparse.Namespace, defaults: Mapping[str, Any], subject: str = "") -> str:
+    """The established name of a set of samples (with `subject` behind the checkpoint), and what it would not tell
+    apart."""
     name = (
-        f"{args.gpt_model}-{checkpoint_tag(args.gpt_ckpt, args.from_fsdp)}-size-{args.image_size}"
+        f"{args.gpt_model}-{checkpoint_tag(args.gpt_ckpt, args.from_fsdp)}{subject}-size-{args.image_size}"
         f"-size-{eval_size(args)}-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}"
         f"-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
     )
     for setting, word in EXTRA_NAMES.items():
-        value = getattr(args, setting)
-        if value != defaults[setting]:
+        value = getattr(args, setting, defaults.get(setting))
+        if value != defaults.get(setting):
             name += f"-{word}" if value is True else f"-{word}-{value}"
     return name
 
@@ -125,16 +126,25 @@ class SetPainter:
             if is_out_of_memory(error):
                 self.rows = max(1, self.rows // 2)
             raise
-        notes = [{"index": i, "class_id": label_of(i, self.args), "seed": self._seed(i)} for i in indices]
+        notes = [{"index": i, **self.facts(i), "seed": self.seed(i)} for i in indices]
         return Drawn(to_uint8(images), notes)
 
+    def facts(self, index: int) -> dict[str, Any]:
+        """What picture `index` is of."""
+        return {"class_id": label_of(index, self.args)}
+
+    def conditions(self, indices: list[int]) -> dict[str, Any]:
+        """What the GPT is to draw, as keywords of `generate`."""
+        return {"cond": torch.tensor([label_of(i, self.args) for i in indices], device=self.device)}
+
+    def seed(self, index: int) -> int:
+        """The seed of picture `index`."""
+        return self.args.global_seed + index
+
     def _images(self, indices: list[int]) -> Tensor:
-        labels = torch.tensor([label_of(i, self.args) for i in indices], device=self.device)
-        codes = sample_codes(self.gpt, labels, self.args, [self._seed(i) for i in indices])
+        seeds = [self.seed(i) for i in indices]
+        codes = sample_codes(self.gpt, args=self.args, seeds=seeds, **self.conditions(indices))
         images = decode_codes(self.tokenizer, codes, batch_size=min(len(indices), 16))
         if eval_size(self.args) != self.args.image_size:
             images = resize_bicubic(images, eval_size(self.args))
         return images
-
-    def _seed(self, index: int) -> int:
-        return self.args.global_seed + index

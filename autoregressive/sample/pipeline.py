@@ -25,9 +25,15 @@ from utils.seeding import mix_seed
 OnToken = Callable[[int], None]
 
 
-def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, top_k: int = 2000) -> None:
-    """Both models, how they are drawn from, and the machine: what all commands that draw classes share."""
-    add_gpt_args(parser, image_size=384)
+def add_model_args(
+    parser: argparse.ArgumentParser,
+    cfg_scale: float = 4.0,
+    top_k: int = 2000,
+    gpt_type: str = "c2i",
+    image_size: int = 384,
+) -> None:
+    """Both models, how they are drawn from, and the machine: what all commands that draw share."""
+    add_gpt_args(parser, gpt_type, image_size)
     parser.add_argument(
         "--from-fsdp",
         action="store_true",
@@ -91,14 +97,15 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, *heat)} | {"sample_logits": True}
 
 
-def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Engine, VQModel]:
+def load_models(args: argparse.Namespace, device: torch.device, gpt_type: str = "c2i") -> tuple[Engine, VQModel]:
     """The GPT and the tokenizer of `args`, ready to draw on `device`.
 
     Raises:
         ValueError: settings that mean nothing, or a checkpoint that is missing or does not fit them.
     """
-    if args.gpt_type != "c2i":
-        raise ValueError("this command draws classes; --gpt-type t2i is not for it")
+    if args.gpt_type != gpt_type:
+        what = {"c2i": "classes", "t2i": "prompts"}[gpt_type]
+        raise ValueError(f"this command draws {what}; --gpt-type {args.gpt_type} is not for it")
     sampling_options(args)
     allow_tf32()
     tokenizer = load_tokenizer(args, device)
@@ -116,19 +123,22 @@ def image_generators(seeds: Sequence[int], device: torch.device) -> ImageNoise:
 
 def sample_codes(
     gpt: Model,
-    labels: Tensor,
+    cond: Tensor,
     args: argparse.Namespace,
     seeds: Sequence[int] | None,
     on_token: OnToken | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Draw the codes of one image for each of `labels` (B,): int32 (B, N).
+    """Draw the codes of one image for each row of `cond`, labels (B,) or caption features: int32 (B, N).
+
+    `options` are further ones of `generate`.
 
     With `seeds` every image has a generator of its own, so it does not depend on the batch it is drawn in; with None
     all draws come from torch's global generator in the established order.
     """
-    generators = None if seeds is None else image_generators(seeds, labels.device)
-    options = sampling_options(args)
-    return generate(gpt, labels, gpt.block_size, generators=generators, on_token=on_token, **options)
+    generators = None if seeds is None else image_generators(seeds, cond.device)
+    options = {**sampling_options(args), **options}
+    return generate(gpt, cond, gpt.block_size, generators=generators, on_token=on_token, **options)
 
 
 @torch.no_grad()

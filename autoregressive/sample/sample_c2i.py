@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoregressive.models.generate import Model
 from autoregressive.sample.classes import ClassNames
-from autoregressive.sample.painter import Painter, add_picture_args, class_ids
+from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
 from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sample_codes
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
@@ -34,7 +34,7 @@ IMAGENET_LABELS = ["207", "360", "387", "974", "88", "979", "417", "279"]
 def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
-    add_picture_args(flags, IMAGENET_LABELS, "sample_{gpt-type}.png")
+    add_class_args(flags, IMAGENET_LABELS, "sample_{gpt-type}.png")
     add_model_args(flags)
     add_seed_arg(flags, "--seed")
     flags.add_argument(
@@ -61,8 +61,7 @@ def main(args: argparse.Namespace) -> None:
         gpt, tokenizer = load_models(args, device)
         painter = Painter(
             args,
-            ids,
-            names,
+            class_subjects(ids, names),
             lambda numbers, on_token: codes_of(numbers, gpt, ids, args, on_token),
             lambda codes: decode_codes(tokenizer, codes),
             gpt.block_size,
