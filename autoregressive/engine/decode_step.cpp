@@ -56,6 +56,31 @@ inline float to_bf16(float v) {
     return bits<float>((w + 0x7fffu + ((w >> 16) & 1u)) & 0xffff0000u);
 }
 
+inline float largest(const float* x, int64_t count) {
+    float best = x[0];
+    int64_t i = 0;
+    if (count >= LANES) {
+        Floats most = load(x);
+        for (i = LANES; i + LANES <= count; i += LANES) most = load(x + i) > most ? load(x + i) : most;
+        for (int lane = 0; lane < LANES; lane++) best = std::max(best, most[lane]);
+    }
+    for (; i < count; i++) best = std::max(best, x[i]);
+    return best;
+}
+
+inline float largest_size(const float* x, int64_t count) {
+    Floats most{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Floats size = bits<Floats>(bits<Words>(load(x + i)) & 0x7fffffffu);
+        most = size > most ? size : most;
+    }
+    float best = 0;
+    for (int lane = 0; lane < LANES; lane++) best = std::max(best, most[lane]);
+    for (; i < count; i++) best = std::max(best, std::fabs(x[i]));
+    return best;
+}
+
 // e^x to about one unit in the last place; 0 below -87.
 inline Floats exponential(Floats x) {
     Floats bounded = x > 88.0f ? all(88.0f) : x;
@@ -374,16 +399,22 @@ class Decoder {
     }
 
     static void pack_bf16(uint32_t* words, const float* x, int64_t count) {
-        for (int64_t i = 0; i + 1 < count; i += 2)
+        int64_t i = 0;
+#if defined(__AVX512BF16__)
+        for (; i + 2 * LANES <= count; i += 2 * LANES) {
+            const __m512 low = bits<__m512>(load(x + i)), high = bits<__m512>(load(x + i + LANES));
+            const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+            std::memcpy(words + i / 2, &both, sizeof both);
+        }
+#endif
+        for (; i + 1 < count; i += 2)
             words[i / 2] = bits<uint32_t>(to_bf16(x[i])) >> 16 | bits<uint32_t>(to_bf16(x[i + 1]));
         if (count % 2) words[count / 2] = bits<uint32_t>(to_bf16(x[count - 1])) >> 16;
     }
 
     void pack_int8(int64_t r, uint32_t* words, const float* x, int64_t count) {
-        float largest = 0;
-        for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        s.row_scale[r] = largest / 127.0f;
+        const float size = largest_size(x, count), inverse = size > 0 ? 127.0f / size : 0.0f;
+        s.row_scale[r] = size / 127.0f;
         uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
         for (int64_t i = 0; i < count; i++) bytes[i] = uint8_t(int32_t(x[i] * inverse + 128.5f));
         for (int64_t i = count; i % 4; i++) bytes[i] = 128;  // the weights there are zero
@@ -507,8 +538,7 @@ class Decoder {
     float soften(float* scores, int64_t length, int64_t padded, int64_t r) const {
         for (int64_t i = 0; i < std::min(length, s.bias_length); i++) scores[i] += s.bias[r * s.bias_length + i];
         for (int64_t i = length; i < padded; i++) scores[i] = -std::numeric_limits<float>::infinity();
-        float best = scores[0];
-        for (int64_t i = 1; i < length; i++) best = std::max(best, scores[i]);
+        const float best = largest(scores, padded);
         Floats sum{};
         for (int64_t i = 0; i < padded; i += LANES) {
             const Floats e = exponential(load(scores + i) - best);
@@ -576,18 +606,6 @@ inline void random_words(int64_t i, uint32_t position, uint64_t seed, uint32_t (
         philox(four, uint32_t(seed), uint32_t(seed >> 32));
         std::memcpy(words + 4 * block, four, sizeof four);
     }
-}
-
-inline float largest(const float* x, int64_t count) {
-    float best = x[0];
-    int64_t i = 0;
-    if (count >= LANES) {
-        Floats most = load(x);
-        for (i = LANES; i + LANES <= count; i += LANES) most = load(x + i) > most ? load(x + i) : most;
-        for (int lane = 0; lane < LANES; lane++) best = std::max(best, most[lane]);
-    }
-    for (; i < count; i++) best = std::max(best, x[i]);
-    return best;
 }
 
 // One token of `logits` (vocab,): the best, or with `seed` argmax of p / e, e exponential by (seed, position, token).
