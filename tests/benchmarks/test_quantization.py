@@ -1,0 +1,43 @@
+"""Feeding codes through an engine gives the likelihood of the full forward; int8 is close and not the same."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autoregressive.models.engine import Engine
+from benchmarks import quantization
+from tests.autoregressive.engine.test_native import needs_compiler, wide_model
+
+
+def test_fed_logits_are_those_of_the_full_forward():
+    model, codes, labels = wide_model(), torch.randint(300, (3, 36)), torch.tensor([1, 0, 4])
+    fed = torch.stack(list(quantization.fed_logits(Engine(model), labels, codes)), dim=1)
+    with torch.no_grad():
+        full, _ = model(codes[:, :-1], labels)
+    torch.testing.assert_close(fed, full, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_each_format_is_measured_against_the_reference(monkeypatch):
+    codes, labels = torch.randint(300, (4, 1, 36)), torch.tensor([[1], [0], [4], [2]])
+    monkeypatch.setattr(
+        quantization, "load_gpt", lambda args, vocab, device, dtype=torch.float32: wide_model().to(dtype)
+    )
+    data = torch.utils.data.TensorDataset(codes, labels)
+    monkeypatch.setattr(quantization.ClassInputs, "codes", lambda self, path: data)
+    args = argparse.Namespace(
+        precision=["none", "bf16"], quantize=["none", "int8"], vocab_size=300, code_path="", images=None, batch_size=3
+    )
+    found = quantization.measure(args, torch.device("cpu"))
+    with torch.no_grad():
+        logits, _ = wide_model()(codes[:, 0, :-1], labels[:, 0])
+    bits = F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() / 0.693147
+    assert found["reference"] == {"bits_per_token": pytest.approx(bits, abs=1e-3), "greedy_agreement": 1.0}
+    assert found["native none none"] == pytest.approx(found["reference"], abs=1e-4)
+    rounded = found["native none int8"]
+    assert 0.85 < rounded["greedy_agreement"] < 1
+    assert abs(rounded["bits_per_token"] - bits) < 0.05
