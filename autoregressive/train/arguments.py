@@ -6,6 +6,7 @@ import argparse
 
 from autoregressive.build import add_gpt_args
 from autoregressive.train.parallel import add_parallel_args
+from evaluations.networks import CHOICES
 from utils.args import (
     add_bad_images_arg,
     add_optimizer_args,
@@ -38,6 +39,7 @@ def add_training_args(
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--sample-images", type=int, default=16, help="with --vq-ckpt: draw so many at validations")
     pictures.add_argument("--sample-cfg-scale", type=float, default=2.0, help="their guidance scale")
+    _add_eval_args(parser)
     precisions = FULL_PRECISION + HALF_PRECISION
     add_optimizer_args(parser, epochs=300, global_batch_size=256, precisions=precisions)
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="memory of --ema; about 1 / (1 - decay) steps")
@@ -49,6 +51,25 @@ def add_training_args(
     add_seed_arg(parser)
     data = ("code_path", "data_path", "val_code_path", "t5_feat_path", "short_t5_feat_path", "vq_ckpt")
     parser.set_defaults(**{name: None for name in data if parser.get_default(name) is None})
+
+
+def _add_eval_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation of samples")
+    group.add_argument(
+        "--eval-samples",
+        type=int,
+        default=0,
+        help="with --vq-ckpt: at validations draw so many pictures, always from the same seeds, and report their "
+        "distance to real ones; under the averaged weights, where there are some. 0: none",
+    )
+    group.add_argument("--eval-reference", help="the real pictures: an npz or a folder of PNGs, as val_ddp.py writes")
+    group.add_argument(
+        "--eval-features",
+        choices=[name for name in CHOICES if name != "none"],
+        default="auto",
+        help="auto: FID where the Inception weights are on this machine, else KD-lite0 and FD-lite0",
+    )
+    group.add_argument("--eval-weights", help="the frozen Inception graph classify_image_graph_def.pb")
 
 
 def _add_dropout_args(parser: argparse.ArgumentParser) -> None:

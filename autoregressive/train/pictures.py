@@ -61,16 +61,20 @@ class SamplePictures:
             return {}
         return {name: self._draw(model) for name, model in self.models.items()}
 
-    @torch.no_grad()
     def _draw(self, model: Transformer) -> Tensor:
+        return self.draw(model, list(range(len(self.conditions))))
+
+    @torch.no_grad()
+    def draw(self, model: Transformer, numbers: list[int]) -> Tensor:
+        """The pictures (n, 3, H, W) of the conditions with these numbers, each from a seed of its own."""
         device = self.conditions.device
-        seeds = [mix_seed(self.seed, number) for number in range(len(self.conditions))]
+        seeds = [mix_seed(self.seed, number) for number in numbers]
         with eagerly(), autocast(device, self.precision):
             codes = generate(
                 model,
-                self.conditions,
+                self.conditions[numbers],
                 model.block_size,
-                emb_masks=self.text,
+                emb_masks=None if self.text is None else self.text[numbers],
                 cfg_scale=self.cfg_scale,
                 generators=[torch.Generator(device).manual_seed(seed) for seed in seeds],
             )

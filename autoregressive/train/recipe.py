@@ -14,6 +14,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.train.extraction import load_fitting_tokenizer
 from autoregressive.train.inputs import Inputs, make_inputs
 from autoregressive.train.pictures import SamplePictures, decoded_batch, some_captions, spread_labels
+from autoregressive.train.sample_monitor import SampleMonitor, equal_shares, together
 from autoregressive.train.sanity import check_codes
 from autoregressive.train.step import TrainStep
 from autoregressive.train.validation import HeldOut, Validator
@@ -101,6 +102,8 @@ def look_at_data(
     if is_main():
         check_codes(args, data, held_out, trainer.logger)
     if not args.vq_ckpt:
+        if args.eval_samples:
+            raise ValueError("--eval-samples needs --vq-ckpt, the tokenizer that makes pictures of the codes")
         return
     tokenizer = load_fitting_tokenizer(args, inputs.device)
     if tokenizer.config.codebook_size != args.vocab_size:
@@ -112,16 +115,21 @@ def look_at_data(
         shown = decoded_batch(inputs, data, tokenizer)
         save_png(make_grid_image(shown, 8), trainer.run.path / "pictures" / "data.png")
     if args.sample_images:
-        trainer.pictures = _pictures(args, inputs, held_out or data, tokenizer, trainer.step)
+        trainer.pictures = _pictures(args, inputs, held_out or data, tokenizer, trainer.step, args.sample_images)
+    if args.eval_samples:
+        count = equal_shares(args.eval_samples)
+        drawing = _pictures(args, inputs, held_out or data, tokenizer, trainer.step, count)
+        monitor = SampleMonitor(args, drawing, trainer.step, inputs.device)
+        trainer.validate = together(trainer.validate, monitor)
 
 
 def _pictures(
-    args: argparse.Namespace, inputs: Inputs, samples: Dataset, tokenizer: VQModel, step: TrainStep
+    args: argparse.Namespace, inputs: Inputs, samples: Dataset, tokenizer: VQModel, step: TrainStep, count: int
 ) -> SamplePictures:
     if args.gpt_type == "c2i":
-        conditions, text = spread_labels(args.num_classes, args.sample_images, inputs.device), None
+        conditions, text = spread_labels(args.num_classes, count, inputs.device), None
     else:
-        conditions, text = some_captions(inputs, samples, args.sample_images)
+        conditions, text = some_captions(inputs, samples, count)
     return SamplePictures(
         {"samples": step.model} | ({"samples-ema": step.ema} if step.ema is not None else {}),
         tokenizer,
