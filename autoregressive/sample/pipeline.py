@@ -40,7 +40,9 @@ def add_model_args(
         help="formats are recognised without it; it names a folder of samples by the checkpoint's folder",
     )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the GPT")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="the same as --engine compiled"
+    )
     add_vq_args(parser)
     add_sampling_args(parser, cfg_scale, top_k)
     add_runtime_args(parser)
@@ -111,9 +113,14 @@ def load_models(args: argparse.Namespace, device: torch.device, gpt_type: str = 
     tokenizer = load_tokenizer(args, device)
     gpt = load_gpt(args, tokenizer.config.codebook_size, device, DTYPES[args.precision])
     require_null_class(gpt, args)
-    if args.compile:
-        gpt.compile()
-    return make_engine(gpt, args.engine, args.quantize), tokenizer
+    return make_engine(gpt, engine_name(args), args.quantize), tokenizer
+
+
+def engine_name(args: argparse.Namespace) -> str:
+    """--engine, where --compile is the older way to ask for the compiled one."""
+    if args.compile and args.engine not in ("auto", "compiled"):
+        raise ValueError(f"--compile means --engine compiled; it does not go with --engine {args.engine}")
+    return "compiled" if args.compile else args.engine
 
 
 def image_generators(seeds: Sequence[int], device: torch.device) -> ImageNoise:

@@ -11,6 +11,7 @@ from autoregressive.engine import compiler
 from autoregressive.engine.build import add_engine_args, make_engine
 from autoregressive.models.engine import Engine
 from autoregressive.models.generate import generate
+from autoregressive.sample.pipeline import add_model_args, engine_name
 from tests.autoregressive.engine.test_native import needs_compiler
 from tests.autoregressive.models.tiny import random_model
 from utils.args import make_parser
@@ -87,3 +88,12 @@ def test_an_engine_stands_in_for_its_model_and_keeps_its_caches():
     assert engine._cache is first
     generate(engine, torch.tensor([1, 2, 3]), 9, cfg_scale=2.0)
     assert engine._cache is not first
+
+
+def test_the_older_compile_flag_asks_for_the_compiled_engine():
+    flags = make_parser(None)
+    add_model_args(flags)
+    name = lambda *given: engine_name(flags.parse_args(given))  # noqa: E731
+    assert [name(), name("--compile"), name("--engine", "eager")] == ["auto", "compiled", "eager"]
+    with pytest.raises(ValueError, match="does not go with --engine native"):
+        name("--compile", "--engine", "native")
