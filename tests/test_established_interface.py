@@ -6,6 +6,7 @@ import pytest
 
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, extract_codes_t2i, train_c2i
+from evaluations.t2i import evaluation as t2i_evaluation
 from tokenizer.tokenizer_image import vq_train
 
 NAMES = {
@@ -55,6 +56,11 @@ def test_names(module):
 
 
 LINES = [
+    (
+        t2i_evaluation,
+        "--fake_dir f --ref_dir r --ref_data coco2014 --ref_type train --how_many 30000 --clip_model4eval ViT-G/14 "
+        "--eval_res 256 --batch_size 8",
+    ),
     (
         vq_train,
         "--data-path d --data-face-path f --cloud-save-path c --no-local-save --vq-model VQ-16 --vq-ckpt x "
@@ -106,6 +112,7 @@ LINES = [
     ),
 ]
 REQUIRED = {
+    t2i_evaluation: "--fake_dir f",
     vq_train: "--data-path d",
     extract_codes_c2i: "--data-path d --code-path c --vq-ckpt x",
     train_c2i: "--code-path c",
@@ -114,6 +121,7 @@ REQUIRED = {
 }
 # Defaults that a published number depends on.
 DEFAULTS = {
+    t2i_evaluation: {"how_many": 30000, "clip_model4eval": "ViT-B/32", "eval_res": 256, "ref_data": "coco2014"},
     vq_train: {
         "lr": 1e-4,
         "beta2": 0.95,
