@@ -68,7 +68,7 @@ def saved_bytes(config: ModelArgs, images: int, sharded: bool) -> int:
             if config.model_type == "t2i":
                 condition = torch.zeros(images, config.cls_token_num, config.caption_dim)
             with saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-                model(codes[:, :-1], condition, targets=codes)
+                model(codes[:, :-1], condition, targets=codes, loss_only=True)
     finally:
         torch.set_default_dtype(usual)
     return sum(size for _, size in kept.values())
@@ -83,11 +83,10 @@ def activation_bytes(config: ModelArgs, sharded: bool, checkpointing: str = "non
     one, two = (_bytes_per_image(sharded, **{**vars(config), "n_layer": layers}) for layers in (1, 2))
     block = two - one
     rest = one - block
-    gradient_of_logits = 4 * config.block_size * config.vocab_size
     positions = config.cls_token_num + config.block_size - 1
     stream = positions * config.dim * (2 if sharded else 4)
     blocks = config.n_layer * block if checkpointing == "none" else config.n_layer * stream + block
-    return rest + gradient_of_logits + blocks
+    return rest + blocks
 
 
 @functools.lru_cache

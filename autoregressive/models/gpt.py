@@ -19,6 +19,7 @@ from autoregressive.models.cache import DecodeCache, KVCache
 from autoregressive.models.condition import MLP, CaptionEmbedder, LabelEmbedder
 from autoregressive.models.config import SIZES, ModelArgs, find_multiple, sized_args
 from autoregressive.models.layers import Attention, FeedForward, RMSNorm, TransformerBlock
+from autoregressive.models.loss import head_loss
 from autoregressive.models.rope import (
     RotaryTable,
     apply_rotary_emb,
@@ -102,7 +103,8 @@ class Transformer(nn.Module):
         valid: Tensor | None = None,
         cache: DecodeCache | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        loss_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Float32 logits (B, positions, V), and the loss if `targets` are given.
 
         `idx` int64 (B, n) are image tokens, `cond_idx` labels int64 (B,) or caption features (B, T,
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
         `last_only` keeps the last one.
 
         `targets` (B, N) gives the mean cross entropy; with `valid` (B,), 1 or 0, over the valid samples alone
-        (0 if there is none).
+        (0 if there is none). `loss_only` gives None in place of the logits, which are then never held all at once.
         """
         h = self._embed(idx, cond_idx)
         rows, count, _ = h.shape
@@ -137,6 +139,8 @@ class Transformer(nn.Module):
             h = h[:, -1:]
         elif idx is not None and cond_idx is not None and self._predicts(input_pos, targets):
             h = h[:, self.cls_token_num - 1 :]
+        if loss_only:
+            return None, head_loss(self.norm(h), self.output.weight, targets, valid)
         logits = self.output(self.norm(h)).float()
         return logits, None if targets is None else _loss(logits, targets, valid)
 

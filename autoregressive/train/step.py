@@ -75,7 +75,7 @@ class TrainStep:
         arguments = self.inputs(batch)
         with gradient_sync(self.wrapped, last):
             with autocast(self.device, self.args.mixed_precision):
-                _, loss = self.wrapped(**arguments)
+                _, loss = self.wrapped(**arguments, loss_only=True)
             self.scaler.scale(loss * share).backward()
         return loss.detach() * share
 

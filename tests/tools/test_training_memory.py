@@ -28,7 +28,7 @@ def really_saved(config, images):
         condition = torch.zeros(images, config.cls_token_num, config.caption_dim)
     codes = torch.zeros(images, config.block_size, dtype=torch.long)
     with saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        _, loss = model(codes[:, :-1], condition, targets=codes)
+        _, loss = model(codes[:, :-1], condition, targets=codes, loss_only=True)
     loss.backward()
     return sum(kept.values())
 
@@ -42,7 +42,7 @@ def test_counting_without_data_gives_what_autograd_keeps(fields):
 
 def test_blocks_are_alike_so_depth_is_a_straight_line():
     config = ModelArgs(**SMALL)
-    direct = saved_bytes(config, 2, False) - saved_bytes(config, 1, False) + 4 * 16 * 64
+    direct = saved_bytes(config, 2, False) - saved_bytes(config, 1, False)
     assert activation_bytes(config, sharded=False) == direct
     assert activation_bytes(config, sharded=True) < direct  # the stream between blocks is half as wide
     assert activation_bytes(ModelArgs(**{**SMALL, "n_layer": 24}), False, "full") < 24 * direct / 3
