@@ -321,7 +321,7 @@ class TestIBQ:
         assert not plain.embedding.weight.grad.any()
 
     def test_gradients_are_those_of_the_one_hot_index(self):
-        """Equation 4 as it stands: a one-hot matrix with the gradient of the softmax, times the codebook."""
+        """The idea as it stands: a one-hot matrix with the gradient of the softmax, times the codebook."""
         quantizer = _new("ibq", 32, 4, ratio=0.0).train()
         quantizer.embedding.weight.data.normal_()
         z, r = _latents(quantizer).requires_grad_(), torch.randn(2, 4, 4, 4)

@@ -32,7 +32,7 @@ from utils.seeding import seed_step
 from utils.trainer import Trainer, TrainSettings
 
 _SHOWN = 16  # held-out images in the pictures of a run
-# What the papers weigh the entropy loss with: MAGVIT-v2's tokenizers live on it.
+# Weights that are usual for these two; without an entropy loss few codes of lfq survive.
 _ENTROPY_RATIO = {"lfq": 0.1, "ibq": 0.05}
 
 

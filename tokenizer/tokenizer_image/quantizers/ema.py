@@ -1,7 +1,7 @@
 """Plain vector quantization whose codes are running means of the latents assigned to them, with revival of dead codes.
 
-Van den Oord et al. 2017 (arXiv:1711.00937), appendix A.1; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446), section
-3.1. Revival as the random restarts of Jukebox (Dhariwal et al. 2020, arXiv:2005.00341), section 3.1.
+Van den Oord et al. 2017 (arXiv:1711.00937), appendix A.1; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446).
+Revival as the random restarts of Jukebox (Dhariwal et al. 2020, arXiv:2005.00341).
 """
 
 from __future__ import annotations

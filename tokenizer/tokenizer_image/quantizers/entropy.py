@@ -1,6 +1,6 @@
 """The entropy loss: each token sure of its code, all tokens together using all codes.
 
-As in MaskGIT's and MAGVIT-v2's tokenizers (Yu et al. 2023, arXiv:2310.05737, section 3.2).
+As in MaskGIT's and MAGVIT-v2's tokenizers (Yu et al. 2023, arXiv:2310.05737).
 """
 
 from __future__ import annotations

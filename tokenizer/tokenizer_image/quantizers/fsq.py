@@ -65,7 +65,7 @@ class FSQ(Quantizer):
         return (steps - half) / half
 
     def _bound(self, latents: Tensor) -> Tensor:
-        """Squeeze each channel so that rounding gives exactly its levels, and 0 lies at 0 (section 3.1)."""
+        """Squeeze each channel so that rounding gives exactly its levels, and 0 lies at 0."""
         reach = (self.levels - 1).to(latents.dtype) * (1 + _MARGIN) / 2
         offset = 0.5 * (1 - self.levels % 2).to(latents.dtype)  # an even number has no middle level
         shift = torch.atanh(offset / reach)

@@ -15,7 +15,7 @@ from tokenizer.tokenizer_image.quantizers.entropy import ENTROPY_TEMPERATURE, ch
 
 class IBQ(Quantizer):
     """The code with the largest product with the latent vector is chosen; its one-hot index is given the gradient of
-    the softmax over all products (the paper's equation 4).
+    the softmax over all products.
 
     Args:
         n_e: number of codes K.

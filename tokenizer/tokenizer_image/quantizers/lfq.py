@@ -1,4 +1,4 @@
-"""Lookup-free quantization (MAGVIT-v2, Yu et al. 2023, arXiv:2310.05737, section 3.2): a code is the signs of the
+"""Lookup-free quantization (MAGVIT-v2, Yu et al. 2023, arXiv:2310.05737): a code is the signs of the
 latents. Large codebooks cost nothing; the entropy loss is what spreads the tokens over them."""
 
 from __future__ import annotations
