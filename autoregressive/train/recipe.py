@@ -37,6 +37,8 @@ def train(args: argparse.Namespace) -> None:
     """Train a GPT as `args` says; see the commands' --help."""
     if args.gpt_ckpt and args.init_from:
         raise ValueError("--gpt-ckpt continues a training, --init-from begins one from its weights: give one of them")
+    if args.cls_token_num is None:
+        args.cls_token_num = 120 if args.gpt_type == "t2i" else 1
     apply_threads(args)
     if args.mixed_precision != "fp32":
         allow_tf32()

@@ -5,7 +5,7 @@
 On several machines, sharded within each and copied across:
     torchrun --nnodes=4 --nproc_per_node=8 ... autoregressive/train/train_c2i_fsdp.py ... --data-parallel hsdp
 Text-conditional models, with the data flags of train_t2i.py:
-    ... --gpt-type t2i --cls-token-num 120 --dataset t2i_code --code-path CODES --t5-feat-path FEATURES
+    ... --gpt-type t2i --dataset t2i_code --code-path CODES --t5-feat-path FEATURES
 
 Ctrl-C saves and stops; the same command continues, also with another number of processes.
 """
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add_vq_args(flags)
     add_training_args(flags, gpt_type="c2i", data_parallel="fsdp", wandb_project="c2i_fsdp")
     flags.add_argument("--gpt-resume", dest="gpt_ckpt", help="established name of --gpt-ckpt: folder of a step")
+    flags.set_defaults(cls_token_num=None)  # 1 for a class, 120 for a text
     return flags
 
 

@@ -71,7 +71,7 @@ def test_a_warning_to_one_process_saves_and_asks_for_another_start(command, sign
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_process_is_killed_and_nothing_changes(codes, tmp_path):
     """SIGKILL to one of two processes: the launcher starts both again, they go on from the last whole checkpoint."""
-    flags = [*GPT_FLAGS, "--code-path", codes, "--max-steps", 30, "--ckpt-every", 5, "--lr", "1e-3", *NO_CHANCE]
+    flags = [*GPT_FLAGS, "--code-path", codes, "--max-steps", 60, "--ckpt-every", 5, "--lr", "1e-3", *NO_CHANCE]
     in_processes(2, whole_training, train_c2i_fsdp, *flags, "--run-dir", tmp_path / "whole")
     line = command_line(FSDP, *flags, "--run-dir", tmp_path / "killed", processes=2)
     line[line.index(FSDP) : line.index(FSDP)] = ["--max-restarts=1", "--monitor-interval=1"]
@@ -86,9 +86,9 @@ def test_torchrun_restarts_after_a_process_is_killed_and_nothing_changes(codes, 
         launcher.kill()
     assert launcher.returncode == 0, printed[-3000:]
     assert "Resume training from checkpoint" in printed
-    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints/0000030") for name in ("whole", "killed"))
+    whole, killed = (checkpoint.read(tmp_path / name / "checkpoints/0000060") for name in ("whole", "killed"))
     torch.testing.assert_close(whole["model"], killed["model"], atol=0, rtol=0)
-    assert steps_of(tmp_path / "killed") == list(range(1, 31))
+    assert steps_of(tmp_path / "killed") == list(range(1, 61))
 
 
 def whole_training(command, *flags):
@@ -164,12 +164,23 @@ def whole_training_of(command, *flags):
     train(arguments(command, *flags))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize(("command", "world"), [(train_c2i, 1), (train_c2i_fsdp, 2)], ids=["ddp", "fsdp"])
-def test_half_precision_trains_close_to_full(command, world, precision, codes, tmp_path):
-    flags = ["--code-path", codes, "--max-steps", 8, *NO_CHANCE]
-    for name in (precision, "none"):
-        in_processes(world, whole_training_of, command, *flags, "--mixed-precision", name, "--run-dir", tmp_path / name)
-    half, full = (read_metrics(tmp_path / name / "metrics.jsonl") for name in (precision, "none"))
-    assert [entry["loss"] for entry in half] == pytest.approx([entry["loss"] for entry in full], abs=0.02)
-    assert half[-1]["loss"] < half[0]["loss"]
+@pytest.fixture(scope="module")
+def full_precision(codes, tmp_path_factory):
+    """The losses of eight steps in float32."""
+    folder = tmp_path_factory.mktemp("full")
+    flags = ["--code-path", codes, "--max-steps", 8, *NO_CHANCE, "--run-dir", folder]
+    in_processes(1, whole_training_of, train_c2i, *flags)
+    return [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("command", "world", "precision"),
+    [(train_c2i, 1, "fp16"), (train_c2i_fsdp, 2, "fp16"), (train_c2i_fsdp, 2, "bf16")],
+    ids=["ddp-fp16", "fsdp-fp16", "fsdp-bf16"],
+)
+def test_half_precision_trains_close_to_full(command, world, precision, full_precision, codes, tmp_path):
+    flags = ["--code-path", codes, "--max-steps", 8, *NO_CHANCE, "--mixed-precision", precision, "--run-dir", tmp_path]
+    in_processes(world, whole_training_of, command, *flags)
+    half = [entry["loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
+    assert half == pytest.approx(full_precision, abs=0.02) and half != full_precision
+    assert half[-1] < half[0]
