@@ -47,7 +47,9 @@ class TrainStep:
 
     def stateful(self) -> dict[str, Any]:
         """What a checkpoint holds, under the established names."""
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizers, "scaler": self.scaler}
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizers}
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
         if self.ema is not None:
             parts["ema"] = self.ema
         if self.guard is not None and self.guard.threshold:
