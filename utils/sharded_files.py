@@ -66,11 +66,12 @@ class ShardedWriter:
             temporary.mkdir(parents=True)
         barrier()
         tensors, plain = split(content)
-        weights = {name: whole(value).cpu() for name, value in content["model"].items()} if consolidated else None
-        copies = {name: value.clone() if value.device.type == "cpu" else value for name, value in tensors.items()}
+        weights = _whole_weights(content["model"]) if consolidated else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in a single process: that there is a single process
-            written = dcp.async_save(copies, storage_writer=FileSystemWriter(str(temporary)), process_group=self._group)
+            written = dcp.async_save(
+                tensors, storage_writer=FileSystemWriter(str(temporary)), process_group=self._group
+            )
         self._pending = self._thread.submit(self._finish, written, temporary, folder, plain, weights)
 
     def _finish(
@@ -105,6 +106,16 @@ class ShardedWriter:
             raise ValueError(f"no space left on the disk while writing {self._folder}; nothing there was changed")
         if failure is not None:
             raise RuntimeError(f"writing {self._folder} failed") from failure
+
+
+def _whole_weights(shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, on the CPU of rank 0 alone; all processes have to help."""
+    weights = {}
+    for name, value in shards.items():
+        gathered = whole(value)
+        if is_main():
+            weights[name] = gathered.to("cpu", copy=True)
+    return weights
 
 
 def _is_full(failure: BaseException, folder: Path) -> bool:
