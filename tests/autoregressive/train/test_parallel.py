@@ -7,7 +7,6 @@ import torch
 
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from autoregressive.train.recipe import train
-from tests.commands import shell
 from tests.commands.shell import GPT_FLAGS
 from tests.commands.test_faults import random_codes
 from tests.processes import in_processes
@@ -83,11 +82,3 @@ def test_two_ddp_processes_train_as_one(flags, alone, codes, tmp_path):
 def test_fsdp_trains_as_ddp(flags, alone, codes, tmp_path):
     other = run(train_c2i_fsdp, 2, codes, tmp_path, "--mixed-precision", "fp32", *flags)
     assert_equal_training(alone, other)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_train_alike(alone, codes, tmp_path):
-    """A real command: the compiler starts processes of its own."""
-    flags = ["--compile", "--activation-checkpointing", "selective", "--code-path", codes, "--run-dir", tmp_path]
-    shell.run(shell.TRAIN, *GPT_FLAGS, *NO_CHANCE, *LENGTH, *flags)
-    assert_equal_training(alone, tmp_path)
