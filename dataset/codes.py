@@ -205,6 +205,8 @@ class CaptionFiles:
         FileNotFoundError: when there are none.
     """
 
+    views = 1
+
     def __init__(self, code_path: str | Path, tokens: int | None = None) -> None:
         self.code_path, self.tokens = Path(code_path), tokens
         folders = sorted(path for path in self.code_path.iterdir() if path.is_dir()) if self.code_path.is_dir() else []
@@ -212,6 +214,10 @@ class CaptionFiles:
         if not self.keys:
             raise FileNotFoundError(f"no code files in {code_path}; run autoregressive/train/extract_codes_t2i.py")
 
-    def read(self, stem: str, line: int, vocab_size: int | None = None) -> np.ndarray:
-        """The codes of one record, int64 (1, T); ValueError when unreadable, of another T or outside the vocabulary."""
+    def read(self, stem: str, line: int, vocab_size: int | None = None, view: int = 0) -> np.ndarray:
+        """The codes of one record, int64 (1, T); a file holds view 0 alone.
+
+        Raises:
+            ValueError: when it is unreadable, of another T or outside the vocabulary.
+        """
         return read_integers(caption_codes_path(self.code_path, stem, line), (1, self.tokens), vocab_size)

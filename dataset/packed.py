@@ -189,7 +189,7 @@ class CaptionCodes:
 
     Attributes:
         keys: (stem, line) of every record that has codes, lists sorted by name, lines by number.
-        tokens: T.
+        views, tokens: A (the smallest of all stores) and T.
 
     Raises:
         FileNotFoundError: when there is no store in `code_path`.
@@ -206,6 +206,7 @@ class CaptionCodes:
         for other in self.stores[1:]:
             require_same_tokenizer(self.stores[0], other)
         self.tokens = self.stores[0].tokens
+        self.views = min(store.views for store in self.stores)
         self._places: dict[str, tuple[PackedCodes, np.ndarray, np.ndarray]] = {}
         for store in self.stores:
             self._add(store)
@@ -231,8 +232,8 @@ class CaptionCodes:
     def __len__(self) -> int:
         return sum(len(lines) for _, lines, _ in self._places.values())
 
-    def read(self, stem: str, line: int, vocab_size: int | None = None) -> np.ndarray:
-        """The codes of one record, int64 (1, T).
+    def read(self, stem: str, line: int, vocab_size: int | None = None, view: int = 0) -> np.ndarray:
+        """The codes of one record, int64 (1, T), `view` is below `views`.
 
         Raises:
             ValueError: when it has none, or a code lies outside the vocabulary.
@@ -243,7 +244,7 @@ class CaptionCodes:
             raise ValueError(f"there are no codes of line {line} of the list {stem!r}; extract them first")
         codes, _ = store.row(int(rows[place]))
         store._require_below(codes.max(), vocab_size, int(rows[place]), "codes")
-        return codes[:1].astype(np.int64)
+        return codes[view : view + 1].astype(np.int64)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

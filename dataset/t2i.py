@@ -172,8 +172,9 @@ class Text2ImgDatasetCode(_CaptionedItems):
     """Extracted codes with text features; items are (codes, features, mask, valid).
 
     Codes are int64 (1, T) from the packed stores in `args.code_path`, else from its files
-    `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. The rest
-    is as in `Text2ImgDataset`. `args.vocab_size`, if there, bounds the codes.
+    `{list stem}/{line}.npy`; every record there is an item, lists sorted by name and lines by number. Where
+    each image has several views, one is drawn from torch's generator. The rest is as in `Text2ImgDataset`.
+    `args.vocab_size`, if there, bounds the codes.
 
     Attributes:
         num_tokens: T.
@@ -196,20 +197,24 @@ class Text2ImgDatasetCode(_CaptionedItems):
         super().__init__(args, sorted({stem for stem, _ in self.keys}), len(self.keys), max_bad_share)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.view(index, int(torch.randint(self.codes.views, (1,))) if self.codes.views > 1 else 0)
+
+    def view(self, index: int, view: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Item `index` with the codes of one view."""
         if index not in self.bad:
             try:
-                return self._item(self.read_codes(index)[None], self.features.read(*self.keys[index]))
+                return self._item(self.read_codes(index, view)[None], self.features.read(*self.keys[index]))
             except ValueError as error:
                 self.bad.add(index, error)
         return self._invalid(torch.zeros(1, self.grid_tokens, dtype=torch.int64))
 
-    def read_codes(self, index: int) -> Tensor:
-        """The codes of item `index` alone, int64 (T,).
+    def read_codes(self, index: int, view: int = 0) -> Tensor:
+        """The codes of one view of item `index` alone, int64 (T,).
 
         Raises:
             ValueError: when they are damaged or outside the vocabulary.
         """
-        return torch.from_numpy(self.codes.read(*self.keys[index], self.vocab_size))[0]
+        return torch.from_numpy(self.codes.read(*self.keys[index], self.vocab_size, view))[0]
 
 
 def grid_tokens(args: Namespace) -> int:

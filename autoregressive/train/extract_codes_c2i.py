@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from autoregressive.train.extraction import add_extraction_args, extract
+from autoregressive.train.extraction import add_crop_args, add_extraction_args, extract
 from tokenizer.build import add_vq_args
 from utils.args import add_bad_images_arg, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
@@ -37,12 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--image-size", type=int, default=256, help="edge of the crops in pixels")
     add_bad_images_arg(data)
-    data.add_argument(
-        "--ten-crop", action="store_true", help="ten crops of each image; without: the image and its mirror"
-    )
-    data.add_argument(
-        "--crop-range", type=float, default=1.1, help="size the ten crops are cut from, over --image-size"
-    )
+    add_crop_args(data, "the image and its mirror")
     add_extraction_args(data)
     add_vq_args(flags, ckpt_required=True)
     add_runtime_args(flags)

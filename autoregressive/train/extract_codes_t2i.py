@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from autoregressive.train.extraction import add_extraction_args, extract_captions
+from autoregressive.train.extraction import add_crop_args, add_extraction_args, extract_captions
 from tokenizer.build import add_vq_args
 from utils.args import add_bad_images_arg, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--data-start", type=int, help="first place in the sorted listing of --data-path; default: all")
     data.add_argument("--data-end", type=int, help="last place in it, included")
     data.add_argument("--image-size", type=int, default=512, help="edge of the centre crop in pixels")
+    add_crop_args(data, "the centre crop")
     add_bad_images_arg(data)
     add_extraction_args(data)
     add_vq_args(flags, ckpt_required=True)

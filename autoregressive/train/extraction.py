@@ -55,6 +55,14 @@ def add_extraction_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_crop_args(group: argparse._ArgumentGroup, without: str) -> None:
+    """How many views of each image; `without` says what there is without --ten-crop."""
+    group.add_argument("--ten-crop", action="store_true", help=f"ten crops of each image; without: {without}")
+    group.add_argument(
+        "--crop-range", type=float, default=1.1, help="size the ten crops are cut from, over --image-size"
+    )
+
+
 def extract(args: argparse.Namespace) -> None:
     """Write the codes of every image under ``args.data_path``; what is there already is skipped."""
     apply_threads(args)
@@ -86,9 +94,17 @@ def extract_captions(args: argparse.Namespace) -> None:
     with process_group(args.device) as device:
         tokenizer = load_fitting_tokenizer(args, device)
         records = CaptionLists(list_files(args.data_path, args.data_start, args.data_end))
-        one_view = transforms.Compose([eval_transform(args.image_size), partial(torch.unsqueeze, dim=0)])
-        job = Job(args, tokenizer, NumberedImages(ListedImages(records, one_view), args.max_bad_share), device)
-        settings = {"data_path": str(Path(args.data_path).resolve()), "crops": "centre", **_common_settings(args)}
+        if args.ten_crop and args.layout == "files":
+            raise ValueError("--ten-crop needs --layout packed: a file of the established layout holds one view")
+        views = transforms.Compose([eval_transform(args.image_size), partial(torch.unsqueeze, dim=0)])
+        if args.ten_crop:
+            views = extraction_transform(args.image_size, args.ten_crop, args.crop_range)
+        job = Job(args, tokenizer, NumberedImages(ListedImages(records, views), args.max_bad_share), device)
+        settings = {
+            "data_path": str(Path(args.data_path).resolve()),
+            "crops": f"ten-crop {args.crop_range}" if args.ten_crop else "centre",
+            **_common_settings(args),
+        }
         if args.layout == "files":
             _claim_folder(args, settings)
             file = partial(_caption_file, args.code_path, records)
@@ -97,7 +113,8 @@ def extract_captions(args: argparse.Namespace) -> None:
             stems = {stem: number for number, stem in enumerate(records.stems)}
             settings |= {"stems": records.stems, "source_sha256": _source_hash(records.files)}
             store = Path(args.code_path, f"t2i{args.image_size}{_piece(args)}{SUFFIX}")
-            job.write_store(store, "caption", 1, settings, lambda i: (stems[records[i].stem], records[i].line))
+            count = 10 if args.ten_crop else 1
+            job.write_store(store, "caption", count, settings, lambda i: (stems[records[i].stem], records[i].line))
         barrier()
 
 

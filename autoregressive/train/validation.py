@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.models.gpt import Transformer
-from dataset.imagenet import CodeDataset
 from utils.distributed import get_rank, get_world_size, sum_over_ranks
 from utils.precision import autocast
 from utils.progress import progress
@@ -74,7 +73,7 @@ class HeldOut(Dataset):
 
     def __getitem__(self, place: int) -> tuple[Tensor, ...]:
         index = self.indices[place]
-        item = self.samples.view(index, 0) if isinstance(self.samples, CodeDataset) else self.samples[index]
+        item = self.samples.view(index, 0) if hasattr(self.samples, "view") else self.samples[index]
         return torch.tensor(self.weights[place]), *item
 
 

@@ -185,6 +185,18 @@ def test_captions_have_an_index_of_list_and_line(work, packed, tmp_path):
         assert file.dtype == np.int64 and file.shape == (1, 16) and np.array_equal(file, codes.read(stem, line))
 
 
+def test_ten_crops_of_captioned_images_are_those_of_the_class_command(work, tmp_path):
+    crops = ["--ten-crop", "--crop-range", 1.25]
+    codes = CaptionCodes(t2i(work, tmp_path / "captions", *crops))
+    classes = all_codes(c2i(work, tmp_path / "classes", *crops) / "imagenet16_packed")
+    assert codes.views == 10 and not np.array_equal(classes[:, 0], classes[:, 9])
+    for view in (0, 9):
+        found = np.concatenate([codes.read(*key, view=view) for key in codes.keys])
+        assert np.array_equal(found, classes[:, view])
+    with pytest.raises(ValueError, match="needs --layout packed"):
+        t2i(work, tmp_path / "files", "--layout", "files", *crops)
+
+
 def test_pieces_of_the_lists_share_a_folder(work, tmp_path):
     t2i(work, tmp_path, "--data-start", 0, "--data-end", 0)
     assert CaptionCodes(tmp_path).stems == ["part.0001"]

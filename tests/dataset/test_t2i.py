@@ -7,6 +7,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,6 +341,18 @@ def test_packed_codes_give_the_same_items(code_set: Namespace, tmp_path: Path) -
     code_set.image_size = 48
     with pytest.raises(ValueError, match="4 codes an image, expected 9"):
         build_dataset(code_set)
+
+
+def test_one_of_several_views_is_drawn_by_the_seed(code_set: Namespace) -> None:
+    dataset = build_dataset(code_set)
+    dataset.codes = SimpleNamespace(views=3, read=lambda stem, line, size, view: np.full((1, 4), view))
+    views = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        views.append(int(dataset[0][0][0, 0]))
+    assert set(views) == {0, 1, 2}
+    torch.manual_seed(7)
+    assert int(dataset[0][0][0, 0]) == views[7]
 
 
 def test_bad_codes_are_counted(code_set: Namespace, tmp_path: Path) -> None:
