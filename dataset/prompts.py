@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dataset.lists import read_table
 
@@ -14,8 +15,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
     .txt holds one a line (blank lines are left out). Tables have a header with a column Prompt, prompt, caption or
     text: tab-separated whatever the name says when the header has a tab or no comma (the established PartiPrompts.tsv
-    and coco_captions.csv), else .csv, .jsonl or .parquet. In tab-separated files a quotation mark is a quotation
-    mark, unless it encloses a whole field.
+    and coco_captions.csv), else .csv, .jsonl (caption lists too) or .parquet. In tab-separated files a quotation mark
+    is a quotation mark, unless it encloses a whole field.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -55,7 +56,12 @@ def _column(path: Path) -> list[str]:
             return [row[place] if place < len(row) else "" for row in rows]
     rows = list(read_table(path))
     name = _prompt_column(path, list(rows[0]) if rows else [])
-    return [str(row.get(name, "")) for row in rows]
+    return [_first(row.get(name, "")) for row in rows]
+
+
+def _first(cell: Any) -> str:
+    """A caption; the first of several, as caption lists have them."""
+    return str((cell or [""])[0] if isinstance(cell, list) else cell)
 
 
 def _prompt_column(path: Path, names: list[str]) -> str:

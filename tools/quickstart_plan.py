@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from autoregressive.build import latent_grid
-from autoregressive.train import train_c2i
+from autoregressive.train import train_c2i, train_t2i
 from autoregressive.train.step import TrainStep
 from tokenizer.tokenizer_image import recipe as vq_recipe
 from tokenizer.tokenizer_image import train_step as vq_step
@@ -44,11 +44,11 @@ def plan(minutes: float, vq_flags: list[str], gpt_flags: list[str], gpt_models: 
 
     Of `gpt_models`, from small to large, the largest that gets enough steps is chosen.
     """
-    seconds = 60 * minutes * (1 - _OVERHEAD)
+    seconds, command = 60 * minutes * (1 - _OVERHEAD), train_t2i if "--cls-token-num" in gpt_flags else train_c2i
     with process_group() as device:
         vq_seconds = seconds_per_step(_vq_step(vq_train.parser().parse_args(vq_flags), device), device)
         for name in reversed(gpt_models):
-            args = train_c2i.parser().parse_args([*gpt_flags, "--gpt-model", name])
+            args = command.parser().parse_args([*gpt_flags, "--gpt-model", name])
             gpt_seconds = seconds_per_step(_gpt_step(args, device), device)
             gpt_steps = int(seconds * (1 - _VQ_SHARE) / gpt_seconds)
             if gpt_steps >= _STEPS_OF_A_LARGER_GPT:
@@ -83,9 +83,13 @@ def _vq_step(args: argparse.Namespace, device: torch.device) -> Callable[[], obj
 
 def _gpt_step(args: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     codes = torch.randint(args.vocab_size, (args.global_batch_size, 1, latent_grid(args) ** 2))
-    labels = torch.randint(args.num_classes, (args.global_batch_size, 1))
+    batch = [codes, torch.randint(args.num_classes, (args.global_batch_size, 1))]
+    if args.gpt_type == "t2i":
+        features = torch.randn(args.global_batch_size, 1, args.cls_token_num, args.caption_dim)
+        text = torch.ones(args.global_batch_size, args.cls_token_num, dtype=torch.bool)
+        batch = [codes, features, text, torch.ones(args.global_batch_size, dtype=torch.int64)]
     step = TrainStep(args, device, total_steps=1000)
-    return lambda: step([(codes, labels)], number=500)
+    return lambda: step([batch], number=500)
 
 
 def main() -> None:
@@ -94,7 +98,8 @@ def main() -> None:
     flags.add_argument("--minutes", type=float, required=True, help="time for the whole quick start")
     flags.add_argument("--plan", required=True, help="JSON file to write")
     flags.add_argument("--vq-flags", type=shlex.split, required=True, help="flags of vq_train.py")
-    flags.add_argument("--gpt-flags", type=shlex.split, required=True, help="flags of train_c2i.py")
+    what = "flags of train_c2i.py, or with --cls-token-num of train_t2i.py"
+    flags.add_argument("--gpt-flags", type=shlex.split, required=True, help=what)
     flags.add_argument("--gpt-models", nargs="+", required=True, help="sizes to choose from, from small to large")
     args = flags.parse_args()
     if args.minutes <= 0:

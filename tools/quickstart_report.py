@@ -27,8 +27,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from dataset.augmentation import eval_transform
-from dataset.imagenet import CodeDataset, build_imagenet_code
+from dataset.imagenet import build_imagenet_code
 from dataset.images import ClassFolders
+from dataset.lists import CaptionLists, list_files
+from dataset.packed import CaptionCodes
 from tokenizer.build import load_tokenizer
 from tokenizer.tokenizer_image.evaluation import reconstruct
 from utils.args import make_parser
@@ -53,9 +55,8 @@ _PAGE = """<!doctype html>
 <p>{summary}</p>
 <h2>What came out</h2>
 {figures}
-<h2>New pictures, class by class</h2>
-<p>Each row is one class; nothing is selected. The model has seen a few dozen drawings of most classes, so expect a
-likeness of faces, hearts, flags and cats, and coloured shapes where a class is varied or small.</p>
+<h2>New pictures, row by row</h2>
+<p>{explanation}</p>
 <div class="rows">{samples}</div>
 <h2>Reconstructions of held-out drawings</h2>
 <p>Upper rows: drawings that no model has seen. Lower rows: the same after the tokenizer, 64 codes each.</p>
@@ -84,25 +85,41 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{body}</table>"
 
 
-def unigram_bits(codes: CodeDataset, held_out: CodeDataset, vocab_size: int) -> float:
-    """Bits per token of the best model without context: each position's code frequencies, counted on `codes`.
+_CLASSES = """Each row is one class; nothing is selected. The model has seen a few dozen drawings of most classes, so
+expect a likeness of faces, hearts, flags and cats, and coloured shapes where a class is varied or small."""
+_TEXTS = """Each row is one text; nothing is selected. <b>seen</b>: a drawing of this name was trained on.
+<b>held out</b>: there is a drawing of this name, but no model has seen it. <b>new</b>: no drawing has this name. Expect
+a likeness of what was seen, and of unseen texts their kind (a face, a flag, a heart) more than what sets them apart."""
+
+
+def codes_of(folder: Path, text: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of all training views (n, T), and of the held-out drawings (m, T)."""
+    sets = []
+    for split in ("train", "val"):
+        path = folder / "codes" / split
+        if text:
+            codes = CaptionCodes(path)
+            sets.append([codes.read(*key, view=view)[0] for key in codes.keys for view in range(codes.views)])
+        else:
+            codes = build_imagenet_code(argparse.Namespace(code_path=path, image_size=32))
+            views = 1 if split == "val" else codes.num_views
+            sets.append([codes.view(i, view)[0] for i in range(len(codes)) for view in range(views)])
+    return np.stack(sets[0]), np.stack(sets[1])
+
+
+def unigram_bits(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
+    """Bits per token of the best model without context: each position's code frequencies, counted on `train` (n, T).
 
     One is added to every count, so that unseen codes stay possible.
     """
-    train = np.stack([codes.view(i, view)[0] for i in range(len(codes)) for view in range(codes.num_views)])
     counts = np.stack([np.bincount(column, minlength=vocab_size) for column in train.T]) + 1.0
     bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
-    tested = np.stack([held_out.view(i, 0)[0] for i in range(len(held_out))])
-    return float(np.take_along_axis(bits, tested.T, axis=1).mean())
+    return float(np.take_along_axis(bits, held_out.T, axis=1).mean())
 
 
-def figures(folder: Path, vq: dict[str, float], gpt: dict[str, float], codebook_size: int) -> str:
+def figures(folder: Path, vq: dict[str, float], gpt: dict[str, float], codebook_size: int, text: bool) -> str:
     """The numbers that say how good the two models are."""
-    train, held_out = (
-        build_imagenet_code(argparse.Namespace(code_path=folder / "codes" / split, image_size=32))
-        for split in ("train", "val")
-    )
-    unigram = unigram_bits(train, held_out, codebook_size)
+    unigram = unigram_bits(*codes_of(folder, text), codebook_size)
     return table([
         ("reconstruction of held-out drawings, PSNR", f"{vq['val/psnr']:.2f} dB"),
         ("codes that occur in them", f"{vq['val/codebook_usage'] * codebook_size:.0f} of {codebook_size}"),
@@ -110,7 +127,28 @@ def figures(folder: Path, vq: dict[str, float], gpt: dict[str, float], codebook_
         ("GPT on held-out drawings, bits per token", f"{gpt['val/bits_per_token']:.3f}"),
         ("for comparison: frequencies of each position, no context", f"{unigram:.3f}"),
         ("for comparison: knowing nothing", f"{math.log2(codebook_size):.3f}"),
+        *(retrieval(folder) if text else []),
     ])  # fmt: skip
+
+
+def retrieval(folder: Path) -> list[tuple[str, str]]:
+    """How often a picture of a trained name is nearest to the drawing of that name."""
+    found = read_json(folder / "retrieval.json")
+    return [
+        (
+            f"pictures of names with the right drawing among the {k} nearest of {found['gallery']:,}",
+            f"{found['hits'][k]:.1%} (chance {found['chance'][k]:.2%})",
+        )
+        for k in found["hits"]
+    ]
+
+
+def origin_of(folder: Path) -> dict[str, str]:
+    """Which names there are drawings of: name -> "seen" or "held out"."""
+    known: dict[str, str] = {}
+    for split, word in (("val", "held out"), ("train", "seen")):
+        known |= {record.caption(): word for record in CaptionLists(list_files(folder / "data" / split))}
+    return known
 
 
 def curves(folder: Path) -> str:
@@ -142,7 +180,7 @@ def sample_strips(folder: Path, names: list[str]) -> list[Image.Image]:
 
 def overview(names: list[str], strips: list[Image.Image], columns: int = 2) -> Image.Image:
     """All strips with their names on one picture, in `columns`."""
-    width, height, label = strips[0].width, strips[0].height, 130
+    width, height, label = strips[0].width, strips[0].height, 8 * max(map(len, names)) + 16
     rows = -(-len(strips) // columns)
     page = Image.new("RGB", (columns * (label + width), rows * height), "white")
     draw = ImageDraw.Draw(page)
@@ -180,22 +218,27 @@ def last_values(path: Path) -> dict[str, float]:
     return {name: value for entry in read_metrics(path) for name, value in entry.items()}
 
 
-def write_report(folder: Path, vq_ckpt: str, rows: list[str]) -> Path:
-    """Write `folder`/report.html and overview.png; returns the page's path."""
+def write_report(folder: Path, vq_ckpt: str, rows: list[str], text: bool = False) -> Path:
+    """Write `folder`/report.html and overview.png; returns the page's path. `text`: rows are texts, not classes."""
     plan, times = read_json(folder / "plan.json"), stage_times(folder)
     settings = read_json(folder / "tokenizer" / "args.json")["args"]
     vq, gpt = last_values(folder / "tokenizer" / "metrics.jsonl"), last_values(folder / "gpt" / "metrics.jsonl")
     shown = [(name, f"{seconds // 60}:{seconds % 60:02d}") for name, seconds in times]
     total = sum(seconds for _, seconds in times)
     strips = sample_strips(folder, rows)
+    if text:
+        known = origin_of(folder)
+        rows = [f"{prompt} ({known.get(prompt, 'new')})" for prompt in rows]
     save_png(overview(rows, strips), folder / "overview.png")
     page = _PAGE.format(
         summary=(
             f"A VQ tokenizer ({plan['vq_steps']:,} steps) turned 32-pixel drawings into 8 x 8 codes; a "
-            f"{plan['gpt_model']} ({plan['gpt_steps']:,} steps) learned to write such codes for a class; the tokenizer "
-            f"drew them. All of it took {total / 60:.1f} minutes on this machine."
+            f"{plan['gpt_model']} ({plan['gpt_steps']:,} steps) learned to write such codes for a "
+            f"{'text' if text else 'class'}; the tokenizer drew them. All of it took {total / 60:.1f} minutes on this "
+            f"machine."
         ),
-        figures=figures(folder, vq, gpt, settings["codebook_size"]),
+        figures=figures(folder, vq, gpt, settings["codebook_size"], text),
+        explanation=_TEXTS if text else _CLASSES,
         samples="".join(f"<div>{html.escape(n)}</div><div>{picture(s)}</div>" for n, s in zip(rows, strips)),
         reconstructions=reconstruction_pairs(folder, settings, vq_ckpt),
         curves=curves(folder),
@@ -214,9 +257,10 @@ def main() -> None:
     flags = make_parser(__doc__)
     flags.add_argument("--folder", type=Path, required=True, help="what quickstart.sh wrote")
     flags.add_argument("--vq-ckpt", required=True, help="the tokenizer's checkpoint")
-    flags.add_argument("--rows", nargs="+", required=True, help="class of each row of samples.png")
+    flags.add_argument("--rows", nargs="+", required=True, help="class or text of each row of samples.png")
+    flags.add_argument("--text", action="store_true", help="the rows are texts")
     args = flags.parse_args()
-    print(f"The report is {write_report(args.folder, args.vq_ckpt, args.rows)}: open it in a browser")
+    print(f"The report is {write_report(args.folder, args.vq_ckpt, args.rows, args.text)}: open it in a browser")
 
 
 if __name__ == "__main__":

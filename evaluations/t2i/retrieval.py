@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> Retrieval:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the shares and write them beside the samples."""
+    """Print the shares and write them as JSON."""
     apply_threads(args)
     result = evaluate(args)
     print(
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
             f"right name among the nearest {k}: {share:.1%}, by chance {result.chance[k]:.2%} "
             f"({share / result.chance[k]:.1f} times)"
         )
-    write_json(Path(args.samples, "retrieval.json"), asdict(result))
+    write_json(args.output or Path(args.samples, "retrieval.json"), asdict(result))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--samples", required=True, help="folder that sample_t2i_ddp.py wrote")
     flags.add_argument("--data-path", required=True, help="folder of .jsonl lists with the drawings to compare with")
     flags.add_argument("--image-size", type=int, default=32, help="pixels at which pictures are compared")
+    flags.add_argument("--output", help="JSON file; the default is retrieval.json in --samples")
     add_vq_args(flags, ckpt_required=True)
     add_runtime_args(flags)
     return flags

@@ -54,6 +54,18 @@ def check_report(folder: Path) -> None:
         assert expected in report.words, expected
 
 
+def test_quickstart_with_texts_labels_them_and_compares_with_the_drawings(tmp_path):
+    done = quickstart("--text", "--minutes", 0.1, "--out", tmp_path / "qs")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    report = Report((tmp_path / "qs/report.html").read_text())
+    assert report.images == 16 + 2  # one strip for each text, reconstructions, curves
+    for expected in ("red heart (seen)", "sun (held out)", "blue apple (new)", "among the 10 nearest of 1,803"):
+        assert expected in report.words, expected
+    found = read_json(tmp_path / "qs/retrieval.json")
+    assert (found["pictures"], found["gallery"]) == (361, 1803)
+    assert found["chance"]["10"] == pytest.approx(10 / 1803, rel=0.2)
+
+
 @pytest.mark.parametrize(("flags", "message"), [(["--minuets", "3"], "--minuets"), (["--minutes", "0"], "above 0")])
 def test_wrong_flags(flags, message, tmp_path):
     done = quickstart(*flags, "--out", tmp_path / "qs")

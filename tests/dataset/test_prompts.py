@@ -29,8 +29,8 @@ def test_coco_layout_is_one_column_with_commas_in_it(tmp_path):
 
 def test_other_tables(tmp_path):
     assert read_prompts(write(tmp_path, "a.csv", 'id,caption\n1,"a man, a plan"\n')) == ["a man, a plan"]
-    lines = "\n".join(json.dumps({"text": t}) for t in ("one", "two"))
-    assert read_prompts(write(tmp_path, "a.jsonl", lines)) == ["one", "two"]
+    lines = "\n".join(json.dumps({"text": t}) for t in ("one", ["two", "long"], []))
+    assert read_prompts(write(tmp_path, "a.jsonl", lines)) == ["one", "two", ""]
 
 
 def test_errors_name_what_was_expected(tmp_path):
