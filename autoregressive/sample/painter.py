@@ -86,8 +86,13 @@ class Painter:
         self.settings = {name: value for name, value in vars(args).items() if value is not None}
         self.sampling_seconds = self.decoding_seconds = 0.0
 
+    @property
+    def wants_grid(self) -> bool:
+        """Whether a grid is written: by --output, and where there are no single files."""
+        return bool(self.args.output or not self.args.output_dir)
+
     def paint(self) -> Tensor:
-        """All pictures on the CPU, float32 (B, 3, H, W)."""
+        """The pictures of the grid on the CPU, float32 (B, 3, H, W): all of them, or none if no grid is wanted."""
         size = self.args.batch_size
         numbers = [range(first, min(first + size, len(self.subjects))) for first in range(0, len(self.subjects), size)]
         parts = []
@@ -95,13 +100,13 @@ class Painter:
             for batch, images in in_batches(lambda batch: self._images(batch, bar), numbers):
                 if self.args.output_dir:
                     self._save(batch, images)
-                parts.append(images)
+                parts.append(images if self.wants_grid else images[:0])  # any number of files fits into memory
         return torch.cat(parts)
 
     def save_grid(self, images: Tensor, default: str, facts: Mapping[str, Any] | None = None) -> None:
         """Write the grid, and say where everything is."""
-        output = self.args.output or (None if self.args.output_dir else default)
-        if output:
+        if self.wants_grid:
+            output = self.args.output or default
             listed = {f"{name}s": [subject.facts[name] for subject in self.subjects] for name in self.subjects[0].facts}
             about = {"settings": self.settings, **listed, **(facts or {})}
             save_png(make_grid_image(images, self.args.columns), output, about)

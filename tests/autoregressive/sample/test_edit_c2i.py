@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from autoregressive.sample import edit_c2i, editing, pipeline, sample_c2i
+from autoregressive.sample.classes import ClassNames
+from autoregressive.sample.painter import Painter, class_subjects
 from tests.autoregressive.sample.tiny import tiny_models
 
 
@@ -70,6 +72,17 @@ def test_editing_everything_is_drawing(tiny, picture, tmp_path):
     for name in ("000000-2.png", "000001-1.png"):
         np.testing.assert_array_equal(Image.open(tmp_path / "edited" / name), Image.open(tmp_path / "drawn" / name))
     assert not (tmp_path / "sample_c2i.png").exists()
+
+
+def test_pictures_are_not_gathered_when_no_grid_is_wanted(tiny, tmp_path):
+    sample = sample_c2i.parser().parse_args([*map(str, tiny), "--batch-size", "2", "--output-dir", str(tmp_path)])
+    draw = lambda numbers, on_token: torch.zeros(len(numbers), 4)  # noqa: E731
+    painter = Painter(
+        sample, class_subjects([0, 1, 2], ClassNames(3)), draw, lambda codes: torch.zeros(len(codes), 3, 4, 4), 4
+    )
+    assert painter.paint().shape == (0, 3, 4, 4) and len(list(tmp_path.iterdir())) == 3
+    sample.output = str(tmp_path / "grid.png")
+    assert painter.paint().shape == (3, 3, 4, 4)
 
 
 @pytest.mark.parametrize("command", ["sample", "edit"])
