@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tokenizer.reconstruction import (
     padded_size,
     reconstruct_data_set,
 )
+from tokenizer.tokenizer_image.evaluation import code_statistics
 from tokenizer.tokenizer_image.lpips import LPIPS
 from tokenizer.tokenizer_image.lpips_weights import VGG_FILE
 from utils.args import num_workers
@@ -111,20 +111,14 @@ def _compare(
             first += len(batch)
             bar.update(len(batch))
     found = {"LPIPS": sum_over_ranks(distance).item() / count} if perceptual is not None else {}
-    return found | use_of_codes(sum_over_ranks(counts))
+    use = code_statistics(sum_over_ranks(counts))
+    return found | {"codebook usage": use["codebook_usage"], "perplexity": use["perplexity"]}
 
 
 def _code_counts(autoencoder: Autoencoder, images: Tensor, codes: int) -> Tensor:
     with exact_arithmetic(images.device.type):
         indices = autoencoder.model.encode(images)[2][2]
     return torch.bincount(indices.flatten(), minlength=codes)
-
-
-def use_of_codes(counts: Tensor) -> dict[str, float]:
-    """The share of codes that occur, and the perplexity of their frequencies, from counts (K,) float64."""
-    shares = counts / counts.sum()
-    entropy = -torch.xlogy(shares, shares).sum().item()
-    return {"codebook usage": (counts > 0).double().mean().item(), "perplexity": math.exp(entropy)}
 
 
 def _distances(args: argparse.Namespace, network: FeatureNetwork, pictures: PictureSet, count: int) -> dict[str, float]:

