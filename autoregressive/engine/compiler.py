@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("decode_step.cpp")
+HEADERS = [SOURCE.with_name(name) for name in ("draw.h", "threads.h", "vectors.h")]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
 NATIVE = ("-march=native",)
 _SECONDS = 300
@@ -55,7 +56,7 @@ def load(machine: tuple[str, ...] = NATIVE) -> tuple[ctypes.CDLL, float]:
     """
     compiler = _compiler()
     command = [compiler, *FLAGS, *machine]
-    parts = [SOURCE.read_text(), *command, _version(compiler), processor()]
+    parts = [*(source.read_text() for source in (SOURCE, *HEADERS)), *command, _version(compiler), processor()]
     library = cache_folder() / f"decode_step-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     seconds = 0.0
     if not library.is_file():
