@@ -1,15 +1,21 @@
 """Every command and every piece of code in the README runs, on tiny data and with tiny models."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from autoregressive.models.gpt import GPT_models
+from language import extract_t5_feature
+from language.extraction import extract
 from tests.commands.shell import (
     EXTRACT,
     GPT_FLAGS,
+    GPT_SIZE,
     ROOT,
     TRAIN,
     VQ_FLAGS,
@@ -19,6 +25,7 @@ from tests.commands.shell import (
     make_images,
     run,
 )
+from tests.tiny_t5 import make_tiny_t5
 from utils import checkpoint
 
 README = (ROOT / "README.md").read_text()
@@ -26,6 +33,7 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 STAGES = [text.strip() for kind, text in BLOCKS if kind == "bash" and "--" in text]
 # What these do is tested by tests/commands/test_quickstart.py and by this very run.
 SETUP = {"bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -r requirements.txt"}
+TEXT_SIZE = ["--gpt-model", "GPT-XS", "--downsample-size", "4", "--cls-token-num", "8", "--caption-dim", "16"]
 SMALLER = {  # flags that come last win: the same command on tiny data
     "train_vq": [*VQ_FLAGS, "--max-steps", "2"],
     "extract_codes": [*VQ_SIZE, "--num-workers", "0"],
@@ -33,6 +41,9 @@ SMALLER = {  # flags that come last win: the same command on tiny data
     "dataset/own.py": ["--size", "16"],
     "dataset/tars.py": ["--samples-per-shard", "5"],
     "sample_c2i.sh": [*VQ_SIZE, *GPT_FLAGS[:8], "--num-fid-samples", "5", "--precision", "none"],
+    "extract_flan": ["--t5-model-type", "tiny", "--precision", "none", "--num-workers", "0"],
+    "train_t2i": [*VQ_SIZE, *TEXT_SIZE, *GPT_FLAGS[len(GPT_SIZE) :], "--max-steps", "2"],
+    "sample_t2i": [*VQ_SIZE, *TEXT_SIZE, "--t5-model-type", "tiny", "--precision", "none"],
     "sample_c2i": [*VQ_SIZE, *GPT_FLAGS[:8], "--class-labels", "0", "2", "--precision", "none"],
 }
 
@@ -55,11 +66,27 @@ def data(tmp_path_factory):
     vq_ckpt.rename(work / "pretrained_models/vq_ds16_c2i.pt")
     checkpoint.latest(work / "gpt/checkpoints").rename(work / "pretrained_models/c2i_L_384.pt")
     codes.rename(work / "data/codes_flip_ten_crop")
+    _text(work, images)
     return work
 
 
+def _text(work, images):
+    """Captions of the images with features, a tiny T5, and a GPT for them."""
+    models, captions = work / "pretrained_models", work / "data/captions"
+    make_tiny_t5(models / "t5-ckpt")
+    shutil.copy(models / "vq_ds16_c2i.pt", models / "vq_ds16_t2i.pt")
+    fields = {"vocab_size": 64, "block_size": 16, "model_type": "t2i", "cls_token_num": 8, "caption_dim": 16}
+    checkpoint.save({"model": GPT_models["GPT-XS"](**fields).state_dict()}, models / "t2i_XL_stage2_512.pt")
+    captions.mkdir()
+    lines = [json.dumps({"image_path": str(path), "text": ["a red cat"]}) for path in sorted(images.rglob("*.png"))]
+    (captions / "a.jsonl").write_text("\n".join(lines))
+    flags = ["--data-path", captions, "--t5-path", work / "data/features", "--t5-model-path", models / "t5-ckpt"]
+    flags += SMALLER["extract_flan"]
+    extract(extract_t5_feature.parser().parse_args([str(flag) for flag in flags]))
+
+
 def test_readme_has_the_commands_that_this_test_knows():
-    assert len(STAGES) == 7
+    assert len(STAGES) == 10
     assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(STAGES)
 
 

@@ -18,6 +18,7 @@ TEXT = (
 def make_tiny_t5(cache: Path) -> Path:
     """Save the encoder ``tiny`` in the folder `cache`: two layers, width 16, 46 word pieces. Returns `cache`."""
     folder = cache / "tiny"
+    folder.mkdir(parents=True)
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(TEXT.split(), k=8)) for _ in range(400)]
     (cache / "text.txt").write_text("\n".join(sentences))
