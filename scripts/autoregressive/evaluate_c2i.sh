@@ -5,5 +5,5 @@
 # All flags are passed on: those of sample_c2i_ddp.py, --reference, --features, --weights, --table.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-nproc_default=8 port_default=12348
+nproc_default="$(gpus)" port_default=12348
 launch autoregressive/sample/evaluate_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "$@"

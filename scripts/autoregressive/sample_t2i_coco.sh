@@ -3,6 +3,6 @@
 #   bash scripts/autoregressive/sample_t2i_coco.sh --gpt-ckpt pretrained_models/t2i_XL_stage1_256.pt --image-size 256
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-nproc_default=8 port_default=12346
+nproc_default="$(gpus)" port_default=12346
 launch autoregressive/sample/sample_t2i_ddp.py --vq-ckpt ./pretrained_models/vq_ds16_t2i.pt \
   --prompt-csv evaluations/t2i/coco_captions.csv --sample-dir samples_coco "$@"
