@@ -29,8 +29,8 @@ class TensorFlowInception:
         self.device = torch.device(device)
         self.comparable = weights.published
         tf = _tensorflow()
-        if self.device.type == "cpu":
-            tf.config.set_visible_devices([], "GPU")
+        gpus = tf.config.list_physical_devices("GPU") if self.device.type == "cuda" else []
+        tf.config.set_visible_devices(gpus[self.device.index or 0 :][:1], "GPU")  # the one of this process
         self.label = f"{weights.name}, tensorflow {tf.__version__}"
         with tf.Graph().as_default() as graph:
             self._pictures = tf.compat.v1.placeholder(tf.uint8, [None, None, None, 3])

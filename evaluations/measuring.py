@@ -63,8 +63,8 @@ def check_count(pictures: PictureSet) -> None:
         raise ValueError(f"{pictures.path} holds {pictures.shape[0]} pictures; at least {least} are needed")
 
 
-def measure(path: str | Path, how: HowToMeasure, what: str) -> Measured:
-    """Put all pictures at `path` through the network. Every process calls this and does its share.
+def measure(path: str | Path, how: HowToMeasure, what: str) -> Measured | None:
+    """Put all pictures at `path` through the network. Every process calls this and does its share; rank 0 gets it.
 
     As established, statistics that stand in an npz (mu, sigma, mu_s, sigma_s) take the place of those of its pictures.
 
@@ -74,6 +74,8 @@ def measure(path: str | Path, how: HowToMeasure, what: str) -> Measured:
     pictures = open_pictures(path)
     check_count(pictures)
     seen = look(pictures, how, what)
+    if not is_main():
+        return None
     count, height, width, _ = pictures.shape
     stored = read_arrays(pictures.path, STORED) if isinstance(pictures, NpzPictures) else {}
     facts = Facts(str(path), None, count, (height, width), "mu" in stored)
@@ -132,8 +134,6 @@ def _stored_gaussians(stored: dict, seen: PictureStatistics, path: Path) -> tupl
 def measure_reference(path: str | Path, how: HowToMeasure, cache: Path | None) -> Measured | None:
     """`measure`, kept in the folder `cache` under the hashes of the file and the network's weights; None keeps nothing.
 
-    What was kept is read by rank 0 alone; the other processes then get None.
-
     Raises:
         FileNotFoundError, ValueError: as `measure`.
     """
@@ -145,9 +145,10 @@ def measure_reference(path: str | Path, how: HowToMeasure, cache: Path | None) -
     if broadcast_object(known is not None):
         return known
     measured = measure(path, how, "reference")
-    measured.facts = replace(measured.facts, sha256=sha256)
-    if kept and is_main():
-        _write_cached(kept, measured)
+    if measured is not None:
+        measured.facts = replace(measured.facts, sha256=sha256)
+        if kept:
+            _write_cached(kept, measured)
     return measured
 
 

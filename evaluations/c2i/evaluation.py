@@ -50,9 +50,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         samples = measure(args.sample_batch, how, "samples")
         looked = time.perf_counter() - looked_from
         _say("computing/reading sample batch statistics...")
-        if not is_main():
+        if reference is None or samples is None:  # not rank 0
             return None
-        report = _report(args, network, reference, samples)  # type: ignore[arg-type]
+        report = _report(args, network, reference, samples)
         report["network"]["weights"] = str(weights)
         report["network"]["weights_sha256"] = identify(weights).sha256
         report["run"] |= {
