@@ -109,10 +109,10 @@ def test_out_of_memory_halves_the_batch_and_the_pictures_stay_the_same(tiny, tmp
     whole = sample(tiny, tmp_path / "a", "--num-fid-samples", 5)
     real = image_set.sample_codes
 
-    def scarce(gpt, labels, *rest):
-        if len(labels) > 2:
+    def scarce(gpt, seeds, **conditions):
+        if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(gpt, labels, *rest)
+        return real(gpt, seeds=seeds, **conditions)
 
     monkeypatch.setattr(image_set, "sample_codes", scarce)
     halved = sample(tiny, tmp_path / "b", "--num-fid-samples", 5, "--per-proc-batch-size", 5)
@@ -123,11 +123,11 @@ def test_out_of_memory_halves_the_batch_and_the_pictures_stay_the_same(tiny, tmp
 def test_a_batch_is_filled_up_where_kernels_depend_on_it_until_the_memory_is_short(tiny, monkeypatch):
     asked = []
 
-    def codes(gpt, labels, args, seeds):
-        asked.append((len(labels), len(seeds)))
-        if len(labels) > 4:
+    def codes(gpt, cond, args, seeds):
+        asked.append((len(cond), len(seeds)))
+        if len(cond) > 4:
             raise torch.OutOfMemoryError
-        return torch.zeros(len(labels), 16, dtype=torch.int32)
+        return torch.zeros(len(cond), 16, dtype=torch.int32)
 
     monkeypatch.setattr(image_set, "sample_codes", codes)
     painter = SetPainter(
