@@ -69,6 +69,8 @@ class TrainStep:
             self.optimizers.discard(self.scaler)
             return {}
         self.optimizers.apply(self.scaler)
+        if self.scaler.is_enabled():  # a gradient that overflows is the scaler's business, no reason to stop
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)
         if self.ema is not None:
             update_ema(self.ema, self.model, self.args.ema_decay)
         return {"loss": loss, "grad_norm": norm, "lr": torch.tensor(args.lr * factor)}

@@ -227,3 +227,15 @@ def test_tensors_are_split_from_plain_values():
         "model": {}, "optimizer": {"state": {"0": {}, "10": {}}, "groups": [{"lr": 1}]},
         "guard": {"recent": [1.0, 2.0]}, "steps": 7,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [train_c2i, train_c2i_fsdp], ids=["ddp", "fsdp"])
+def test_the_loss_scale_of_fp16_and_the_recent_losses_are_restored(command, codes, tmp_path):
+    flags = ["--mixed-precision", "fp16", "--spike-threshold", 8]
+    run(command, 1, codes, tmp_path, 2, *flags)
+    first = newest(tmp_path)
+    assert first["scaler"]["_growth_tracker"] in (1, 2) and len(first["guard"]["recent"]) == 2
+    run(command, 1, codes, tmp_path, 3, *flags)
+    second = newest(tmp_path)
+    assert second["scaler"]["_growth_tracker"] == first["scaler"]["_growth_tracker"] + 1
+    assert second["guard"]["recent"][:2] == first["guard"]["recent"]
