@@ -251,7 +251,7 @@ def report(folder: Path, count: int, settings: Mapping[str, Any]) -> dict[str, A
 class Prefetched:
     """Images of a data set by their numbers, read by threads; the next batch is read while this one is worked on.
 
-    The next batch is guessed: it goes on where this one ends. A wrong guess costs time alone.
+    The next batch is guessed: each of the other processes takes one of this size first. A wrong guess costs time alone.
     """
 
     def __init__(self, dataset: Dataset, threads: int) -> None:
@@ -269,8 +269,8 @@ class Prefetched:
         """The images (B, 3, H, W) of `indices`."""
         known = self._pending
         wanted = {index: known.get(index) or self._pool.submit(self._read, index) for index in indices}
-        step = get_world_size()
-        guess = range(indices[-1] + step, min(indices[-1] + step * len(indices) + 1, len(self.dataset)), step)  # type: ignore[arg-type]
+        first = indices[-1] + 1 + (get_world_size() - 1) * len(indices)
+        guess = range(first, min(first + len(indices), len(self.dataset)))  # type: ignore[arg-type]
         self._pending = {index: known.get(index) or self._pool.submit(self._read, index) for index in guess}
         return torch.stack([future.result() for future in wanted.values()])
 
