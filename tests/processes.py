@@ -1,30 +1,37 @@
-"""Several processes of one test: forked, so that nothing is imported again, and joined by gloo."""
+"""Several processes of one test, joined by gloo: forked from a server that has imported everything once."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
 from typing import Any
 
 import torch
+
+# Not forked from the test's own process: once that has computed gradients, its children no longer can.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch.distributed.fsdp", "autoregressive.train.recipe"])
+ForkingPickler.register(ModuleType, lambda module: (importlib.import_module, (module.__name__,)))
 
 
 def in_processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns in each of `world` processes, under the variables that torchrun would set.
 
-    A process alone has none of them. It too is forked: once it has trained with FSDP2, the test's own process could not
-    fork others that do. An error in one of them fails the test.
+    A process alone has none of them. The function and its arguments are sent there: modules, paths and plain values. An
+    error in one of them fails the test.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    pipes = [_SERVER.Pipe(duplex=False) for _ in range(world)]
     members = [
-        context.Process(target=_member, args=(rank, world, port, pipe[1], function, args))
+        _SERVER.Process(target=_member, args=(rank, world, port, pipe[1], function, args))
         for rank, pipe in enumerate(pipes)
     ]
     for member, (_, sending) in zip(members, pipes):

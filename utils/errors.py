@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+
+from utils.distributed import read_launch
 
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: everything is saved, the same command continues
 
@@ -29,17 +32,31 @@ def run(main: Callable[[], None]) -> None:
 
     LLAMAGEN_TRACEBACK=1 shows the full traceback of a user's mistake as well.
     """
+    code = 0
     try:
         main()
     except Interrupted as stop:
-        sys.exit(130 if stop.signum == signal.SIGINT else REQUEUE)
+        code = 130 if stop.signum == signal.SIGINT else REQUEUE
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except USER_ERRORS as error:
         if os.environ.get("LLAMAGEN_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+    """End this process. One of several ends at once: threads of torch.distributed that are still there when Python
+    takes itself apart abort a process now and then, whose work is done, and torchrun calls that a failure."""
+    if read_launch().world_size > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:

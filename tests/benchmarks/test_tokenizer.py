@@ -61,7 +61,7 @@ def test_peak_memory_is_what_a_work_needs_at_most():
             torch.ones(20_000_000).sum()  # 80 MB, freed each time
 
     found = benchmark.peak_megabytes(work, CPU)
-    assert found is None or 70 < found < 120
+    assert found is None or 70 < found < 200  # three of them would be 240
 
 
 def test_the_last_line_is_one_json_object(monkeypatch, capsys):

@@ -1,7 +1,11 @@
 """How commands end."""
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.commands.shell import ROOT, environment
 from utils.errors import Interrupted, run
 
 
@@ -34,6 +38,16 @@ def test_an_error_from_a_loader_process_says_its_reason_alone(capsys):
     with pytest.raises(SystemExit):
         run(failing(ValueError(text)))
     assert capsys.readouterr().err == "error: bad.png: broken\n"
+
+
+@pytest.mark.parametrize(("processes", "printed"), [(1, "done\nat exit\n"), (2, "done\n")])
+def test_one_of_several_processes_ends_at_once(processes, printed):
+    code = (
+        "import atexit; from utils.errors import run; atexit.register(print, 'at exit'); run(lambda: print('done'))"
+    )
+    env = {**environment(), "RANK": "0", "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, printed)
 
 
 def test_a_bug_keeps_its_traceback():
