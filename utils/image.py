@@ -5,6 +5,7 @@ Models work on (N, 3, H, W) float images in [-1, 1]; pictures are (N, H, W, 3) u
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,10 +65,22 @@ def save_png(
     if isinstance(image, np.ndarray):
         _check_picture(image)
         image = Image.fromarray(image)
+    write_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=_chunks(metadata)))
+
+
+def png_bytes(picture: np.ndarray, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """What `save_png` would write for a picture (H, W, 3) uint8."""
+    _check_picture(picture)
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="PNG", pnginfo=_chunks(metadata))
+    return content.getvalue()
+
+
+def _chunks(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         chunks.add_text(key, value if isinstance(value, str) else json.dumps(value))
-    write_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+    return chunks
 
 
 def _check_picture(picture: np.ndarray) -> None:

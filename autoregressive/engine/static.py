@@ -133,15 +133,18 @@ class StaticEngine(Engine):
         cache: StaticCache,
         given: Tensor | None = None,
         on_token: Callable[[int], None] | None = None,
+        out: Tensor | None = None,
         generators: Any = None,
         **sampling: Any,
     ) -> Tensor:
         """As `generate.decode_n_tokens`, one replay per token; `on_token` is called when a step has been queued."""
+        if out is None:
+            out = cur_token.new_empty(len(cur_token), num_new_tokens)
         drawn = sampling.get("sample_logits", True)
         if num_new_tokens == 0 or (drawn and not isinstance(generators, ImageNoise)):
             return decode_n_tokens(
                 self, cur_token, input_pos, num_new_tokens, 1.0, -1, scales=scales, heat=heat, cache=cache,
-                given=given, on_token=on_token, generators=generators, **sampling,
+                given=given, on_token=on_token, out=out, generators=generators, **sampling,
             )  # fmt: skip
         state = self._fill_state(cur_token, input_pos, num_new_tokens, scales, heat, cache, given, generators)
         null_steps, first = null_rows_needed(scales), cache.length
@@ -156,9 +159,10 @@ class StaticEngine(Engine):
             )
             self._step(kind, state, cache)()
             if on_token is not None:
+                out[:, step] = state.tokens[:, step]
                 on_token(step + 1)
         cache.length = first + num_new_tokens
-        return state.tokens[:, :num_new_tokens].clone()
+        return out.copy_(state.tokens[:, :num_new_tokens])
 
     def _bucket(self, keys: int) -> int:
         """The number of positions that attention reads where `keys` are filled."""

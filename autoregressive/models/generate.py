@@ -96,9 +96,11 @@ def decode_n_tokens(
     given: Tensor | None = None,
     cache: DecodeCache | None = None,
     on_token: OnToken | None = None,
+    out: Tensor | None = None,
     **sampling_kwargs: Any,
 ) -> Tensor:
-    """Draw the tokens after `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, new tokens).
+    """Draw the tokens after `cur_token` (B, 1), which stands at `input_pos` (1,): int64 (B, new tokens), or
+    `out` of that shape, which fills as they are drawn.
 
     `scales` and `heat` are the guidance scale and the temperature of each new token; default: `cfg_scale` and
     `cfg_interval`, and the temperature of `sampling_kwargs`. `given` (B, new tokens) are tokens that are put
@@ -107,7 +109,7 @@ def decode_n_tokens(
     if scales is None:
         scales = guidance_scales(num_new_tokens + 1, cfg_scale, cfg_interval)[1:]
     null_steps = null_rows_needed(scales)
-    tokens = cur_token.new_empty(cur_token.shape[0], num_new_tokens)
+    tokens = cur_token.new_empty(cur_token.shape[0], num_new_tokens) if out is None else out
     for step in range(num_new_tokens):
         if heat is not None:
             sampling_kwargs["temperature"] = heat[step]
@@ -148,6 +150,7 @@ def generate(
     given: Tensor | None = None,
     generators: Generators | None = None,
     on_token: OnToken | None = None,
+    out: Tensor | None = None,
     **sampling_kwargs: Any,
 ) -> Tensor:
     """Generate image tokens, int32 (B, max_new_tokens).
@@ -171,6 +174,7 @@ def generate(
         generators: one random generator per image; image i then depends on generators[i], not on the batch.
             Default: the global generator, one `torch.multinomial` over the batch per token.
         on_token: called after each token with its index, for a progress bar.
+        out: int32 (B, max_new_tokens), filled as tokens are drawn, so that `on_token` can show what is there.
         sampling_kwargs: top_k, top_p, min_p, sample_logits of `sampling.sample`.
 
     The model computes in evaluation mode and is left as it was. ValueError for arguments that do not fit it.
@@ -191,7 +195,8 @@ def generate(
     options = {"cache": cache, "generators": generators, **sampling_kwargs}
     positions = torch.arange(prefix + 1, device=cond.device)
 
-    tokens = torch.empty(batch, max_new_tokens, dtype=torch.int32, device=cond.device)
+    tokens = torch.empty(batch, max_new_tokens, dtype=torch.int32, device=cond.device) if out is None else out
+    _check_out(tokens, batch, max_new_tokens)
     with _evaluating(model):
         first = prefill(model, cond, positions[:prefix], scales[0], with_null=with_null, temperature=heat[0], **options)
         if given is not None:
@@ -199,13 +204,11 @@ def generate(
         tokens[:, :1] = first
         if on_token is not None:
             on_token(0)
-        options.update(scales=scales[1:], heat=heat[1:], on_token=on_token)
+        options.update(scales=scales[1:], heat=heat[1:], on_token=on_token, out=tokens[:, 1:])
         if isinstance(model, Engine) and model.decode_n_tokens is not None:
-            tokens[:, 1:] = model.decode_n_tokens(first, positions[prefix:], decoded, **options)
+            model.decode_n_tokens(first, positions[prefix:], decoded, **options)
         else:
-            tokens[:, 1:] = decode_n_tokens(
-                model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options
-            )
+            decode_n_tokens(model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options)
     return tokens
 
 
@@ -235,6 +238,11 @@ def _check_negative(model: Model, negative: Caption | None, cond: Tensor) -> Non
             f"expected a negative prompt like the captions {tuple(cond.shape)}, with a mask, for one or all of them; "
             f"got {tuple(features.shape)} and {tuple(mask.shape)}"
         )
+
+
+def _check_out(out: Tensor, batch: int, count: int) -> None:
+    if out.shape != (batch, count) or out.dtype != torch.int32:
+        raise ValueError(f"expected out int32 ({batch}, {count}); got {out.dtype} {tuple(out.shape)}")
 
 
 def _check_given(given: Tensor | None, batch: int, count: int, vocab_size: int) -> None:

@@ -40,14 +40,15 @@ def edit_codes(
     *,
     candidates: int = 1,
     on_token: OnToken | None = None,
+    out: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw the masked cells of codes (B, N) anew, as pictures of the classes `labels` (B,): int32 (B, N).
 
     Image i draws from a generator made of `seeds[i]`; every cell takes its own part of it, so a cell's draw does not
     depend on which others are masked, except through what it sees. An empty mask gives `codes`, a full one what
-    `generate` gives with the same seeds. Cells after the last drawn one cost nothing. `options` are those of
-    `generate`.
+    `generate` gives with the same seeds. Cells after the last drawn one cost nothing. `out`, int32 (B, N), shows
+    the candidate that is being drawn, as far as it is. `options` are those of `generate`.
 
     Raises:
         ValueError: when shapes, codes or labels do not fit the model or each other.
@@ -59,13 +60,18 @@ def edit_codes(
     count = last_drawn(chosen) + 1
     if count == 0:
         return codes.clone()
+    if out is None:
+        out = torch.empty_like(codes)
     given = codes.long().masked_fill(chosen, -1)[:, :count]
     best, best_score = codes, None
     for candidate in range(candidates):
         own = seeds if candidate == 0 else [mix_seed(seed, candidate) for seed in seeds]
         generators = image_generators(own, codes.device)
-        head = generate(gpt, labels, count, given=given, generators=generators, on_token=on_token, **options)
-        drawn = torch.cat([head, codes[:, count:]], dim=1)
+        out.copy_(codes)
+        generate(
+            gpt, labels, count, given=given, generators=generators, on_token=on_token, out=out[:, :count], **options
+        )
+        drawn = out.clone()
         if candidates == 1:
             return drawn
         score = fit_of_kept_cells(gpt, drawn, chosen, labels)

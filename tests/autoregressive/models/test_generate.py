@@ -536,3 +536,15 @@ def test_every_step_is_guided_by_the_formula(step_logits):
 
 def new_cache(model) -> DecodeCache:
     return DecodeCache.allocate(model.config, 1, 1, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_tokens_appear_in_out_as_they_are_drawn(scale):
+    model, out, seen = random_model(), torch.full((2, 6), -1, dtype=torch.int32), []
+    options = {"cfg_scale": scale, "sample_logits": False}
+    tokens = generate(model, torch.tensor([1, 2]), 6, on_token=lambda _: seen.append(out.clone()), out=out, **options)
+    assert torch.equal(tokens, out) and torch.equal(tokens, generate(model, torch.tensor([1, 2]), 6, **options))
+    for step, then in enumerate(seen):
+        assert torch.equal(then[:, : step + 1], tokens[:, : step + 1]) and (then[:, step + 1 :] == -1).all()
+    with pytest.raises(ValueError, match=r"expected out int32 \(2, 6\)"):
+        generate(model, torch.tensor([1, 2]), 6, out=torch.zeros(2, 5, dtype=torch.int32))

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample import sample_t2i, sample_t2i_ddp
 from autoregressive.sample.prompt_set import sample_prompt_set
+from tests.autoregressive.sample.tiny import tiny_text_models
 from tests.commands import shell
-from tests.tiny_t5 import make_tiny_t5
-from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import checkpoint
 
 PROMPTS = ["a red cat", "the dog in snow", "a red cat", "hello world"]
@@ -21,20 +19,7 @@ PROMPTS = ["a red cat", "the dog in snow", "a red cat", "hello world"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[str]:
-    """Flags of random models of a few weights: 8 text positions, 4 x 4 codes, 16 pixels."""
-    work = make_tiny_t5(tmp_path_factory.mktemp("t2i"))
-    torch.manual_seed(0)
-    gpt = GPT_models["GPT-XS"](
-        vocab_size=64, block_size=16, model_type="t2i", cls_token_num=8, caption_dim=16, initializer_range=0.2
-    )
-    torch.nn.init.normal_(gpt.output.weight, std=0.5)
-    checkpoint.save({"model": gpt.state_dict()}, work / "gpt.pt")
-    checkpoint.save({"model": VQ_models["VQ-4-S"](codebook_size=64).state_dict()}, work / "vq.pt")
-    return [str(flag) for flag in (
-        "--gpt-model", "GPT-XS", "--cls-token-num", 8, "--image-size", 16, "--downsample-size", 4,
-        "--vq-model", "VQ-4-S", "--codebook-size", 64, "--gpt-ckpt", work / "gpt.pt", "--vq-ckpt", work / "vq.pt",
-        "--t5-path", work, "--t5-model-type", "tiny", "--device", "cpu", "--precision", "none", "--engine", "eager",
-    )]  # fmt: skip
+    return tiny_text_models(tmp_path_factory.mktemp("t2i"))
 
 
 def draw(models, folder: Path, *flags: object) -> dict[str, np.ndarray]:

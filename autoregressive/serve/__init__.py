@@ -1,0 +1,1 @@
+"""Serving: many users' pictures from one set of models."""
