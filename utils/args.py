@@ -115,8 +115,12 @@ def add_optimizer_args(
 
 def num_workers(args: argparse.Namespace, local_size: int = 1) -> int:
     """Loader processes for one rank: what was asked for, but no more than its share of the CPU cores."""
-    share = max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
-    return min(args.num_workers, share // max(local_size, 1))
+    return min(args.num_workers, cpu_cores() // max(local_size, 1))
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
 
 
 def apply_threads(args: argparse.Namespace) -> None:

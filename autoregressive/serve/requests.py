@@ -26,6 +26,10 @@ class Failed(RuntimeError):
     """A picture that could not be drawn though the request was right, such as when a worker died again and again."""
 
 
+class Unavailable(Failed):
+    """Nothing can be drawn just now, such as when too many wait or the server is stopping; later it may be."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How codes are drawn. Images of equal settings can be drawn in one batch."""
@@ -132,7 +136,8 @@ class Source(Protocol):
     def draw(self, request: Request) -> AsyncIterator[Event]:
         """Events of all pictures of a request, in the order in which things happen; ends after n `Drawn`.
 
-        Closing the iterator gives the request up: what is not drawn yet will not be.
+        Closing the iterator gives the request up: what is not drawn yet will not be. Leaving an ``async for`` does not
+        close it, ``contextlib.aclosing`` around it does; so does cancelling the task.
 
         Raises:
             BadRequest: it cannot be drawn, at once.
