@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,3 +90,13 @@ class CaptionEmbedder(nn.Module):
         if (train and self.uncond_prob > 0) or force_drop_ids is not None:
             caption = self.token_drop(caption, force_drop_ids)
         return self.cap_proj(caption)
+
+
+def caption_projection(state: Mapping[str, Tensor]) -> MLP:
+    """The projection of caption features to embeddings alone, from a whole GPT's state dict and in its format."""
+    prefix = "cls_embedding.cap_proj."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    with torch.device("meta"):
+        mlp = MLP(weights["fc1.weight"].shape[1], *weights["fc2.weight"].T.shape)
+    mlp.load_state_dict(weights, assign=True)
+    return mlp.requires_grad_(False)
