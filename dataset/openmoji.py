@@ -36,7 +36,8 @@ from PIL import Image
 
 from dataset.images import CLASS_LIST, class_list
 from utils import errors
-from utils.files import read_json, write_atomic, write_json
+from utils.claim import claim_folder
+from utils.files import write_atomic, write_json
 from utils.progress import progress
 
 PACKAGES = {  # what is imported -> what pip installs
@@ -202,7 +203,7 @@ def render_openmoji(
         "labels": labels,
         "limit": limit,
     }
-    _claim(folder, settings)
+    claim_folder(folder, folder / MANIFEST, settings, "OpenMoji's drawings")
     classes = sorted({emoji.label(labels) for emoji in emojis})
     write_json(folder / CLASS_LIST, classes)
     notice = NOTICE.format(version=version, size=size)
@@ -211,20 +212,6 @@ def render_openmoji(
     for name, part in parts.items():
         _write_captions(folder / name / f"{name}.jsonl", part, labels)
     return classes
-
-
-def _claim(folder: Path, settings: dict[str, object]) -> None:
-    """Note the settings in `folder`, or see that it was made with the same ones."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is there already and not an OpenMoji data set; choose a new folder")
-        write_json(manifest, settings)
-    elif (found := read_json(manifest)) != settings:
-        differ = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differ)}); choose a new folder or delete it"
-        )
 
 
 def _render(folder: Path, parts: dict[str, list[Emoji]], labels: str, size: int) -> None:

@@ -49,10 +49,12 @@ from dataset.images import CLASS_LIST, BadItems, is_image_name
 from dataset.sources import COLUMNS, Entry, image_files, list_entries
 from utils import errors
 from utils.args import add_bad_images_arg, make_parser
-from utils.files import atomic_path, read_json, write_atomic, write_json
+from utils.claim import claim_folder
+from utils.files import atomic_path, write_atomic, write_json
 from utils.progress import progress
 
 MANIFEST = "own.json"
+SUMMARY = ("images", "classes", "captioned", "copies", "left_out", "not_in_source")  # what it says beside the settings
 SPLITS = ("train", "val")
 UNLABELLED = "unlabelled"
 EXTENSIONS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"}
@@ -94,7 +96,7 @@ def make_data_set(
     entries = list_entries(source, captions, columns or {})
     _name_labels(entries)
     settings = {"source": str(Path(source).resolve()), "size": size, "val_share": val_share, "seed": seed}
-    _claim(folder, settings)
+    claim_folder(folder, folder / MANIFEST, settings, "images", unchecked=SUMMARY)
     bad = BadItems(len(entries), max_bad_share)
     placed, left_out = _place_all(entries, Writer(folder, size, val_share, seed), bad, threads)
     if not placed:
@@ -133,21 +135,6 @@ def _name_labels(entries: list[Entry]) -> None:
 
 def _class_order(label: str) -> tuple[int, int, str]:
     return (0, int(label), label) if label.isdecimal() else (1, 0, label)
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is there already and not a data set of this command; choose a new folder")
-        write_json(manifest, settings)
-        return
-    found = read_json(manifest)
-    differ = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-    if differ:
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differ)}); choose a new folder or delete it"
-        )
 
 
 @dataclass(frozen=True)

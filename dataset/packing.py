@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dataset.packed import COMPANIONS, FORMAT, MANIFEST, RECORD, code_dtype, fault_of, note_name, sha256_of
+from utils.claim import agrees
 from utils.files import read_json, write_atomic, write_json
 
 SHARD_SIZE = 4096
@@ -60,18 +61,7 @@ class PackedWriter:
             "format": FORMAT, "kind": kind, "images": images, "shards": len(self.shards), "dtype": str(self.dtype),
             "views": views, "tokens": tokens, "grid": math.isqrt(tokens), "codebook_size": codebook_size, **settings,
         }  # fmt: skip
-        self._require_equal_settings()
-
-    def _require_equal_settings(self) -> None:
-        if not (self.folder / RECORD).is_file():
-            return
-        known = read_json(self.folder / RECORD)
-        changed = [name for name in self.record if name not in _INFORMATION and known.get(name) != self.record[name]]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds codes made with another {changed[0]} ({known.get(changed[0])}, now "
-                f"{self.record[changed[0]]}); remove the folder or give another one"
-            )
+        agrees(self.folder / RECORD, self.record, f"{self.folder} holds codes", "one", _INFORMATION)
 
     def claim(self) -> None:
         """Note in the folder how its codes are made; one process does this before any writes."""

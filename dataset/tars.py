@@ -42,6 +42,7 @@ from dataset.lists import CaptionLists
 from dataset.tar_members import IMAGE_FORMATS, BadSample, decode_member, encode_member, member_kind, read_tar
 from utils import errors
 from utils.args import make_parser
+from utils.claim import claim_folder
 from utils.distributed import get_rank, get_world_size
 from utils.files import read_json, write_atomic, write_json
 from utils.progress import progress
@@ -73,7 +74,7 @@ def write_shards(
         raise ValueError(f"nothing to write: {len(samples)} samples, {samples_per_shard} in a shard")
     folder = Path(folder)
     settings = {"samples": len(samples), "samples_per_shard": samples_per_shard, "classes": classes and list(classes)}
-    _claim(folder, settings)
+    claim_folder(folder, folder / MANIFEST, {**settings, "shards": []}, "shards", unchecked=["shards"])
     starts = range(0, len(samples), samples_per_shard)
     shards = [folder / f"shard-{number:06d}.tar" for number in range(len(starts))]
     with progress(len(samples), "sample", what="writing tar shards") as bar:
@@ -86,15 +87,6 @@ def write_shards(
     entries = [{"name": shard.name, "samples": count} for shard, count in zip(shards, counts)]
     write_json(folder / MANIFEST, {**settings, "shards": entries})
     return shards
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    if not (folder / MANIFEST).is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and has no {MANIFEST}; choose a new folder")
-        write_json(folder / MANIFEST, {**settings, "shards": []})
-    elif (found := read_json(folder / MANIFEST)) is None or any(found.get(k) != v for k, v in settings.items()):
-        raise ValueError(f"{folder} holds shards of another set or size; choose a new folder or delete it")
 
 
 def _write_tar(file: Any, samples: Iterable[Mapping[str, Any]]) -> None:

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from utils.batches import in_batches
+from utils.claim import claim_folder
 from utils.distributed import barrier, broadcast_object, get_world_size, group_store, is_main
-from utils.files import atomic_path, read_json, write_json
+from utils.files import atomic_path
 from utils.image import save_png
 from utils.progress import progress
 
@@ -98,34 +99,20 @@ def _claim(folder: Path, count: int, settings: Mapping[str, Any]) -> list[int]:
     """The numbers that are still to be drawn, the same list on all processes; the folder is ours afterwards."""
     problem, missing = None, []
     if is_main():
-        problem = _other_settings(folder, settings)
-        if problem is None:
+        try:
+            claim_folder(folder, beside(folder, ".json"), settings, "pictures")
+        except ValueError as error:
+            problem = str(error)
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             for left_over in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left_over.unlink()
-            write_json(beside(folder, ".json"), dict(settings))
             there = {entry.name for entry in os.scandir(folder)}
             missing = [i for i in range(count) if picture_path(folder, i).name not in there]
     problem, missing = broadcast_object((problem, missing))
     if problem:
         raise ValueError(problem)
     return missing
-
-
-def _other_settings(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    record = beside(folder, ".json")
-    if not record.is_file():
-        return f"{folder} has files, but {record.name} is missing, so nobody knows how they were made; move them away"
-    found = read_json(record)
-    for name in sorted({*found, *settings}):
-        if found.get(name) != settings.get(name):
-            return (
-                f"{folder} holds pictures made with {name} = {found.get(name)}, now it is {settings.get(name)}; "
-                f"remove the folder or choose another one"
-            )
-    return None
 
 
 def split_evenly(items: Sequence[int], batch_size: int, workers: int) -> list[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,52 @@ def claim(record: Path, settings: Mapping[str, Any], what: str, flag: str, unche
     """
     problem = None
     if is_main():
-        known = read_json(record) if record.is_file() else None
-        changed = [n for n in settings if n not in unchecked and known is not None and known.get(n) != settings[n]]
-        if changed:
-            problem = (
-                f"{record.parent} holds {what} made with another {changed[0]} ({known.get(changed[0])}, now "
-                f"{settings[changed[0]]}); remove the folder or give another {flag}"
-            )
-        elif known is None:
-            write_json(record, dict(settings))
+        try:
+            if not agrees(record, settings, f"{record.parent} holds {what}", flag, unchecked):
+                write_json(record, dict(settings))
+        except ValueError as error:
+            problem = str(error)
     problem = broadcast_object(problem)
     if problem:
         raise ValueError(problem)
+
+
+def claim_folder(
+    folder: Path, record: Path, settings: Mapping[str, Any], what: str, unchecked: Collection[str] = ()
+) -> None:
+    """The same for a folder that holds nothing but `what`; one process calls this, before it writes there.
+
+    `record` lies in the folder or beside it. While the folder has no other file, a record says nothing.
+
+    Raises:
+        ValueError: when the folder has files without a record, or with one of other settings.
+    """
+    if (folder.is_dir() and all(path == record for path in folder.iterdir())) or not folder.exists():
+        write_json(record, dict(settings))
+    elif not agrees(record, settings, f"{folder} holds {what}", "one", unchecked):
+        raise ValueError(
+            f"{folder} has files, but {record.name} is missing, so nobody knows how they were made; move them away or "
+            f"give another folder"
+        )
+
+
+def agrees(record: Path, settings: Mapping[str, Any], held: str, flag: str, unchecked: Collection[str] = ()) -> bool:
+    """Whether the JSON file `record` is there; then it holds `settings`, and nothing else but `unchecked`.
+
+    Raises:
+        ValueError: when it holds other settings: `held` ("FOLDER holds codes") made otherwise, give another `flag`.
+    """
+    if not record.is_file():
+        return False
+    content = read_json(record)
+    known = content if isinstance(content, dict) else {}
+    names = [*settings, *(name for name in known if name not in settings)]
+    changed = [name for name in names if name not in unchecked and known.get(name) != settings.get(name)]
+    if changed:
+        others = " and ".join(f"{n} ({_short(known.get(n))}, now {_short(settings.get(n))})" for n in changed)
+        raise ValueError(f"{held} made with another {others}; remove the folder or give another {flag}")
+    return True
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80, placeholder=" ...")

@@ -166,9 +166,10 @@ def test_a_folder_with_other_settings_is_refused(tiny: Path, tmp_path: Path) -> 
     command = [sys.executable, str(COMMAND), "--data-path", str(tiny), "--size", "24"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2
-    assert "made with other settings (size, split, seed, limit)" in run.stderr and "Traceback" not in run.stderr
+    assert "holds OpenMoji's drawings made with another size (" in run.stderr and "Traceback" not in run.stderr
+    assert all(f"and {name} (" in run.stderr for name in ("split", "seed", "limit"))
     (tmp_path / "mine.txt").write_text("something else")
-    with pytest.raises(ValueError, match="not an OpenMoji data set"):
+    with pytest.raises(ValueError, match=r"openmoji\.json is missing"):
         render_openmoji(tmp_path)
     assert fingerprint(tiny) == before and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

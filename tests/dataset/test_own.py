@@ -366,9 +366,9 @@ def test_images_that_left_the_source_are_named(source: Path, out: Path) -> None:
 
 def test_refusals(source: Path, out: Path, tmp_path: Path) -> None:
     make_data_set(source, out)
-    with pytest.raises(ValueError, match=r"other settings \(val_share, seed\)"):
+    with pytest.raises(ValueError, match=r"made with another val_share \(0\.05, now 0\.1\) and seed \(0, now 1\)"):
         make_data_set(source, out, val_share=0.1, seed=1)
-    with pytest.raises(ValueError, match="not a data set of this command"):
+    with pytest.raises(ValueError, match=r"own\.json is missing"):
         make_data_set(source / "cat", tmp_path)
     with pytest.raises(ValueError, match="lies in the source"):
         make_data_set(source, source / "out")
@@ -389,4 +389,4 @@ def test_command(source: Path, tmp_path: Path) -> None:
     done = subprocess.run([*line, "--max-bad-share", "0.1"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "images in 2 classes" in done.stdout and "left out cat/bad.png" in done.stdout
     refused = subprocess.run([*line, "--seed", "3"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode == 2 and "error: made was made with other settings (seed)" in refused.stderr
+    assert refused.returncode == 2 and "error: made holds images made with another seed (0, now 3)" in refused.stderr

@@ -121,11 +121,11 @@ def test_shards_are_the_same_bytes_and_resumable(shards: Path, tmp_path: Path) -
 
 
 def test_wrong_folders(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="another set or size"):
+    with pytest.raises(ValueError, match=r"holds shards made with another samples_per_shard \(.*, now 5\)"):
         make(shards, per_shard=5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match=r"shards\.json is missing"):
         make(tmp_path / "full")
     with pytest.raises(FileNotFoundError, match="no tars in"):
         list_tars(tmp_path / "full")
