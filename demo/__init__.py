@@ -1,0 +1,1 @@
+"""The demo's page: what `app.py` shows in a browser."""
