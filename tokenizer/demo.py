@@ -13,8 +13,7 @@ from PIL import Image
 from dataset.augmentation import center_crop_arr, normalized
 from dataset.images import read_rgb
 from dataset.openmoji import example_picture
-from tokenizer.reconstruction import Reconstruct, quality
-from utils.args import add_seed_arg
+from tokenizer.reconstruction import Load, quality
 from utils.image import save_png, to_uint8
 
 
@@ -28,20 +27,13 @@ def add_demo_args(parser: argparse.ArgumentParser, output_dir: str | None) -> No
         help="folder of the result" + ("" if output_dir else "; the default is the one of the image"),
     )
     parser.add_argument("--device", help="cuda or cpu; the default is a GPU where there is one")
-    add_seed_arg(parser, "--seed")
+    parser.add_argument(
+        "--seed", dest="global_seed", metavar="SEED", type=int, default=0, help="base seed of everything random"
+    )
 
 
-def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device of --device, or a GPU where there is one, with everything random seeded by --seed."""
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def show(
-    args: argparse.Namespace, reconstruct: Reconstruct, stride: int, device: torch.device, suffix: str, *, crop: bool
-) -> Path:
-    """Write the reconstruction of --image-path as PNG and say where it is.
+def show(args: argparse.Namespace, load: Load, suffix: str, *, crop: bool) -> Path:
+    """Write the reconstruction of --image-path by the tokenizer of `load` as PNG, and say where it is.
 
     With `crop` the image is cut to its central square, and so is the result. Without, it is squeezed into a square and
     the result stretched back to the image's own size.
@@ -50,6 +42,11 @@ def show(
         UnreadableImage: when the image cannot be read.
         ValueError: when --image-size does not fit the stride.
     """
+    torch.manual_seed(args.global_seed)
+    random.seed(args.global_seed)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load(args, device)
+    stride = tokenizer.stride
     if args.image_size < 1 or args.image_size % stride:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the tokenizer's stride {stride}")
     folder, stem, image = _input(args)
@@ -57,7 +54,7 @@ def show(
     square = center_crop_arr(image, args.image_size) if crop else image.resize(size, Image.Resampling.BICUBIC)
     original = normalized(square)[None].to(device)
     with torch.inference_mode():
-        output = reconstruct(original, [0]).float()
+        output = tokenizer.reconstruct(original, [0]).float()
     measured = quality(output, original)[0]
     if not crop:
         output = F.interpolate(output, size=(image.height, image.width), mode="bilinear")

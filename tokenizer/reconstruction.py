@@ -39,10 +39,12 @@ Reconstruct = Callable[[Tensor, Sequence[int]], Tensor]
 class Autoencoder(NamedTuple):
     """A tokenizer as this module needs it."""
 
-    folder_name: str
+    name: str
     stride: int  # pixels per latent in each direction; image sizes must be multiples of it
     reconstruct: Reconstruct
-    facts: Mapping[str, Any]  # what decides its pictures: flags, the hash of its weights
+    facts: Mapping[str, Any]  # flags that decide its pictures
+    weights: Mapping[str, str] = {}  # and files that do: what their SHA-256 is called -> path
+    codebook: str = ""  # what its folder's name says of the codebook
     model: Any = None  # the network, where somebody may want its codes
 
 
@@ -108,7 +110,7 @@ def reconstruct_data_set(args: argparse.Namespace, load: Load) -> Path:
             return Drawn(to_uint8(outputs), quality(outputs, originals))
 
         settings = _settings(args, images, autoencoder) | {"image_size_eval": size_eval, "antialias": antialias}
-        folder = _render(args, draw, count, autoencoder.folder_name, settings | {"padded_to": padded})
+        folder = _render(args, draw, count, folder_name(args, autoencoder), settings | {"padded_to": padded})
         if is_main():
             report(folder, count, settings)
         barrier()
@@ -117,13 +119,20 @@ def reconstruct_data_set(args: argparse.Namespace, load: Load) -> Path:
 
 def copy_data_set(args: argparse.Namespace) -> Path:
     """Write the centre-cropped originals and their npz: what reconstructions are compared with for rFID."""
-    originals = Autoencoder(f"val_{args.dataset}", 1, lambda images, _: images, {})
+    originals = Autoencoder("val", 1, lambda images, _: images, {})
     with images_and_autoencoder(args, lambda *_: originals) as (_, images, count, _):
 
         def draw(indices: list[int]) -> Drawn:
             return Drawn(to_uint8(images.get(indices)), [{"index": index} for index in indices])
 
-        return _render(args, draw, count, originals.folder_name, _settings(args, images, originals))
+        return _render(args, draw, count, f"val_{args.dataset}", _settings(args, images, originals))
+
+
+def folder_name(args: argparse.Namespace, autoencoder: Autoencoder) -> str:
+    """The name of the folder of reconstructions, as established."""
+    size_eval = f"-size-{eval_size(args)}" if hasattr(args, "image_size_eval") else ""
+    sizes = f"size-{args.image_size}{size_eval}{autoencoder.codebook}"
+    return f"{autoencoder.name}-{args.dataset}-{sizes}-seed-{args.global_seed}"
 
 
 def eval_size(args: argparse.Namespace) -> int:
@@ -131,11 +140,6 @@ def eval_size(args: argparse.Namespace) -> int:
     if not hasattr(args, "image_size_eval"):
         return args.image_size
     return min(256, args.image_size) if args.image_size_eval is None else args.image_size_eval
-
-
-def weights_hash(path: str) -> str | None:
-    """The SHA-256 of a checkpoint's file, on rank 0, which alone compares settings."""
-    return sha256_of(file_of(path)) if is_main() else None
 
 
 @contextmanager
@@ -168,13 +172,15 @@ def _render(
 
 
 def _settings(args: argparse.Namespace, images: Prefetched, autoencoder: Autoencoder) -> dict[str, Any]:
-    """What decides the pictures; a folder of others is refused."""
+    """What decides the pictures; a folder of others is refused. Weights are known by their content."""
+    hashes = {name: sha256_of(file_of(path)) for name, path in autoencoder.weights.items() if is_main()}
     return {
         "data_path": str(Path(args.data_path).resolve()),
         "dataset": args.dataset,
         "images": len(images.dataset),  # type: ignore[arg-type]
         "image_size": args.image_size,
         **autoencoder.facts,
+        **hashes,
     }
 
 

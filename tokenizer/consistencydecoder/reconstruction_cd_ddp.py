@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if not __package__:  # started by file path: the repository root takes the place of this folder
@@ -19,7 +18,7 @@ if not __package__:  # started by file path: the repository root takes the place
 import torch
 
 from tokenizer.reconstruction import Autoencoder, add_reconstruction_args, reconstruct_data_set
-from tokenizer.vae.build import add_decoder_args, add_latent_args, load_consistency_decoder, stride_of, vae_reconstruct
+from tokenizer.vae.build import add_decoder_args, latent_autoencoder, load_consistency_decoder
 from utils.args import make_parser
 from utils.errors import run
 
@@ -27,10 +26,7 @@ from utils.errors import run
 def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
     """The consistency decoder."""
     model = load_consistency_decoder(args.cd_path, device)
-    name = f"openai-consistencydecoder-{args.dataset}-size-{args.image_size}-seed-{args.global_seed}"
-    facts = {"decoder": args.cd_path, "sample_latents": args.sample_latents}
-    through = partial(vae_reconstruct, model, sample=args.sample_latents, seed=args.global_seed)
-    return Autoencoder(name, stride_of(model), through, facts)
+    return latent_autoencoder(args, model, "openai-consistencydecoder", {"decoder": args.cd_path})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser(__doc__)
     add_reconstruction_args(flags, npz_order="shuffled")
     add_decoder_args(flags)
-    add_latent_args(flags)
     return flags
 
 

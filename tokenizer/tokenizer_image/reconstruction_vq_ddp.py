@@ -26,9 +26,7 @@ from tokenizer.reconstruction import (
     add_decode_precision_arg,
     add_reconstruction_args,
     code_autoencoder,
-    eval_size,
     reconstruct_data_set,
-    weights_hash,
 )
 from utils.args import make_parser
 from utils.errors import run
@@ -37,16 +35,16 @@ from utils.errors import run
 def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
     """The tokenizer of --vq-ckpt."""
     model = load_tokenizer(args, device)
-    name = (
-        f"{args.vq_model}-{args.dataset}-size-{args.image_size}-size-{eval_size(args)}-codebook-size-"
-        f"{model.config.codebook_size}-dim-{model.config.codebook_embed_dim}-seed-{args.global_seed}"
+    facts = {"vq_model": args.vq_model, "decode_precision": args.decode_precision}
+    return Autoencoder(
+        args.vq_model,
+        model.stride,
+        code_autoencoder(model, device, args.decode_precision),
+        facts,
+        weights={"vq_sha256": args.vq_ckpt},
+        codebook=f"-codebook-size-{model.config.codebook_size}-dim-{model.config.codebook_embed_dim}",
+        model=model,
     )
-    facts = {
-        "vq_model": args.vq_model,
-        "vq_sha256": weights_hash(args.vq_ckpt),
-        "decode_precision": args.decode_precision,
-    }
-    return Autoencoder(name, model.stride, code_autoencoder(model, device, args.decode_precision), facts, model)
 
 
 def parser() -> argparse.ArgumentParser:

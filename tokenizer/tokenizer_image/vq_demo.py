@@ -14,19 +14,17 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tokenizer.build import add_vq_args, load_tokenizer
-from tokenizer.demo import add_demo_args, choose_device, show
-from tokenizer.reconstruction import add_decode_precision_arg, code_autoencoder
+from tokenizer.build import add_vq_args
+from tokenizer.demo import add_demo_args, show
+from tokenizer.reconstruction import add_decode_precision_arg
+from tokenizer.tokenizer_image.reconstruction_vq_ddp import load
 from utils.args import make_parser
 from utils.errors import run
 
 
 def demo(args: argparse.Namespace) -> Path:
     """Write the reconstruction; returns its path."""
-    device = choose_device(args)
-    model = load_tokenizer(args, device)
-    reconstruct = code_autoencoder(model, device, args.decode_precision)
-    return show(args, reconstruct, model.stride, device, args.suffix, crop=True)
+    return show(args, load, args.suffix, crop=True)
 
 
 def parser() -> argparse.ArgumentParser:

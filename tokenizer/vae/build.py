@@ -6,7 +6,8 @@ diffusers is an optional extra: nothing else here needs it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.nearest import exact_arithmetic
+from tokenizer.reconstruction import Autoencoder
 from utils.seeding import mix_seed
 
 VAES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sdxl-vae": "stabilityai/sdxl-vae"}
@@ -24,20 +26,16 @@ def add_vae_args(parser: argparse.ArgumentParser) -> None:
     """Which autoencoder of Stable Diffusion."""
     parser.add_argument("--vae", choices=list(VAES), default="sd-vae-ft-mse", help="which one")
     parser.add_argument("--vae-path", help="a local folder or another repository of the hub to load it from")
-
-
-def vae_source(args: argparse.Namespace) -> str:
-    """Where the autoencoder of --vae is loaded from."""
-    return args.vae_path or VAES[args.vae]
+    _add_latent_args(parser)
 
 
 def add_decoder_args(parser: argparse.ArgumentParser) -> None:
     """Where the consistency decoder is."""
     parser.add_argument("--cd-path", default=CONSISTENCY_DECODER, help="a local folder or repository of the hub")
+    _add_latent_args(parser)
 
 
-def add_latent_args(parser: argparse.ArgumentParser) -> None:
-    """How latents are taken from their distribution."""
+def _add_latent_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample-latents",
         action="store_true",
@@ -80,6 +78,12 @@ def _first_line(error: Exception) -> str:
 def stride_of(model: Any) -> int:
     """Pixels per latent in each direction."""
     return 2 ** (len(model.config.block_out_channels) - 1)
+
+
+def latent_autoencoder(args: argparse.Namespace, model: Any, name: str, facts: Mapping[str, Any]) -> Autoencoder:
+    """A model of this file as the commands use it; `facts` say which one it is."""
+    through = partial(vae_reconstruct, model, sample=args.sample_latents, seed=args.global_seed)
+    return Autoencoder(name, stride_of(model), through, {**facts, "sample_latents": args.sample_latents})
 
 
 def vae_reconstruct(model: Any, images: Tensor, indices: Sequence[int], *, sample: bool, seed: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if not __package__:  # started by file path: the repository root takes the place of this folder
@@ -19,19 +18,15 @@ if not __package__:  # started by file path: the repository root takes the place
 import torch
 
 from tokenizer.reconstruction import Autoencoder, add_reconstruction_args, reconstruct_data_set
-from tokenizer.vae.build import add_latent_args, add_vae_args, load_vae, stride_of, vae_reconstruct, vae_source
+from tokenizer.vae.build import VAES, add_vae_args, latent_autoencoder, load_vae
 from utils.args import make_parser
 from utils.errors import run
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
     """The autoencoder of --vae."""
-    source = vae_source(args)
-    model = load_vae(source, device)
-    name = f"stabilityai-{args.vae}-{args.dataset}-size-{args.image_size}-seed-{args.global_seed}"
-    facts = {"vae": source, "sample_latents": args.sample_latents}
-    through = partial(vae_reconstruct, model, sample=args.sample_latents, seed=args.global_seed)
-    return Autoencoder(name, stride_of(model), through, facts)
+    source = args.vae_path or VAES[args.vae]
+    return latent_autoencoder(args, load_vae(source, device), f"stabilityai-{args.vae}", {"vae": source})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser(__doc__)
     add_reconstruction_args(flags, npz_order="shuffled")
     add_vae_args(flags)
-    add_latent_args(flags)
     return flags
 
 

@@ -14,20 +14,16 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from functools import partial
-
-from tokenizer.demo import add_demo_args, choose_device, show
-from tokenizer.vae.build import add_latent_args, add_vae_args, load_vae, stride_of, vae_reconstruct, vae_source
+from tokenizer.demo import add_demo_args, show
+from tokenizer.vae.build import add_vae_args
+from tokenizer.vae.reconstruction_vae_ddp import load
 from utils.args import make_parser
 from utils.errors import run
 
 
 def demo(args: argparse.Namespace) -> Path:
     """Write the reconstruction; returns its path."""
-    device = choose_device(args)
-    model = load_vae(vae_source(args), device)
-    reconstruct = partial(vae_reconstruct, model, sample=args.sample_latents, seed=args.seed)
-    return show(args, reconstruct, stride_of(model), device, "vae", crop=False)
+    return show(args, load, "vae", crop=False)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser(__doc__)
     add_demo_args(flags, output_dir=None)
     add_vae_args(flags)
-    add_latent_args(flags)
     return flags
 
 

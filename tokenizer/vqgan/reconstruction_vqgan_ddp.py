@@ -23,7 +23,6 @@ from tokenizer.reconstruction import (
     add_reconstruction_args,
     code_autoencoder,
     reconstruct_data_set,
-    weights_hash,
 )
 from tokenizer.vqgan.build import add_vqgan_args, load_vqgan, vqgan_checkpoint
 from utils.args import make_parser
@@ -33,9 +32,9 @@ from utils.errors import run
 def load(args: argparse.Namespace, device: torch.device) -> Autoencoder:
     """The VQGAN of --vqgan."""
     model = load_vqgan(args, device)
-    name = f"{args.vqgan}-{args.dataset}-size-{args.image_size}-seed-{args.global_seed}"
-    facts = {"vqgan_sha256": weights_hash(vqgan_checkpoint(args)), "decode_precision": args.decode_precision}
-    return Autoencoder(name, model.stride, code_autoencoder(model, device, args.decode_precision), facts)
+    through = code_autoencoder(model, device, args.decode_precision)
+    weights = {"vqgan_sha256": vqgan_checkpoint(args)}
+    return Autoencoder(args.vqgan, model.stride, through, {"decode_precision": args.decode_precision}, weights)
 
 
 def parser() -> argparse.ArgumentParser:

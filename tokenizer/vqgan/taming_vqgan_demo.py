@@ -14,24 +14,24 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tokenizer.demo import add_demo_args, choose_device, show
-from tokenizer.reconstruction import code_autoencoder
-from tokenizer.vqgan.build import add_vqgan_args, load_vqgan
+from tokenizer.demo import add_demo_args, show
+from tokenizer.reconstruction import add_decode_precision_arg
+from tokenizer.vqgan.build import add_vqgan_args
+from tokenizer.vqgan.reconstruction_vqgan_ddp import load
 from utils.args import make_parser
 from utils.errors import run
 
 
 def demo(args: argparse.Namespace) -> Path:
     """Write the reconstruction; returns its path."""
-    device = choose_device(args)
-    model = load_vqgan(args, device)
-    return show(args, code_autoencoder(model, device), model.stride, device, "vqgan", crop=False)
+    return show(args, load, "vqgan", crop=False)
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     add_demo_args(flags, output_dir=None)
+    add_decode_precision_arg(flags)
     add_vqgan_args(flags, default="vqgan_openimage_f8_16384")
     return flags
 
