@@ -20,7 +20,7 @@ if not __package__:  # started by file path: the repository root takes the place
 from dataset.lists import CAPTION_KEYS
 from language.build import add_text_encoder_args
 from language.extraction import extract
-from utils.args import add_runtime_args, add_seed_arg, make_parser
+from utils.args import add_lists_args, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
 from utils.precision import DTYPES
 
@@ -29,10 +29,8 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     data = flags.add_argument_group("data")
-    data.add_argument("--data-path", required=True, help="folder of .jsonl lists")
+    add_lists_args(data)
     data.add_argument("--t5-path", required=True, help="folder to write the features to")
-    data.add_argument("--data-start", type=int, help="first place in the sorted listing of --data-path; default: all")
-    data.add_argument("--data-end", type=int, help="last place in it, included")
     data.add_argument("--caption-key", choices=list(CAPTION_KEYS), default="blip", help="which caption of a line")
     data.add_argument("--trunc-caption", action="store_true", help="keep what precedes the first full stop")
     data.add_argument(

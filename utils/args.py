@@ -45,6 +45,13 @@ def add_bad_images_arg(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-bad-share", type=float, default=0.01, help=text)
 
 
+def add_lists_args(group: argparse._ArgumentGroup) -> None:
+    """Which caption lists a command reads."""
+    group.add_argument("--data-path", required=True, help="folder of .jsonl lists")
+    group.add_argument("--data-start", type=int, help="first place in the sorted listing of --data-path; default: all")
+    group.add_argument("--data-end", type=int, help="last place in it, included")
+
+
 def add_run_args(parser: argparse.ArgumentParser, results_dir: str) -> None:
     """Where a training run lives, how often it speaks and saves, and whether it continues."""
     group = parser.add_argument_group("run")

@@ -19,7 +19,7 @@ if not __package__:  # started by file path: the repository root takes the place
 
 from autoregressive.train.extraction import add_crop_args, add_extraction_args, extract_captions
 from tokenizer.build import add_vq_args
-from utils.args import add_bad_images_arg, add_runtime_args, add_seed_arg, make_parser
+from utils.args import add_bad_images_arg, add_lists_args, add_runtime_args, add_seed_arg, make_parser
 from utils.errors import run
 
 
@@ -27,10 +27,8 @@ def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     flags = make_parser(__doc__)
     data = flags.add_argument_group("data")
-    data.add_argument("--data-path", required=True, help="folder of .jsonl lists")
+    add_lists_args(data)
     data.add_argument("--code-path", required=True, help="folder to write the codes to")
-    data.add_argument("--data-start", type=int, help="first place in the sorted listing of --data-path; default: all")
-    data.add_argument("--data-end", type=int, help="last place in it, included")
     data.add_argument("--image-size", type=int, default=512, help="edge of the centre crop in pixels")
     add_crop_args(data, "the centre crop")
     add_bad_images_arg(data)

@@ -51,6 +51,21 @@ def run(script: str, *flags: object, processes: int = 1, code: int = 0, cwd: Pat
     return done.stdout + done.stderr
 
 
+def stand_ins(folder: Path, scripts: dict[str, str]) -> Path:
+    """Commands to put in front of the path: bash scripts by their names. Returns their folder."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def launcher_output(stand_ins: Path, launcher: str, *flags: str, **variables: str) -> list[str]:
+    """The lines that a launcher of scripts/ prints, started in and with the folder of stand-ins."""
+    env = {**environment(), "PATH": f"{stand_ins}:/usr/bin:/bin", **variables}
+    line = ["bash", str(ROOT / "scripts" / launcher), *flags]
+    return subprocess.run(line, cwd=stand_ins, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def make_images(folder: Path, per_class: int = 4) -> Path:
     """Three classes of 20 x 20 pixel pictures: a bright square on one of three colours."""
     generator = np.random.default_rng(0)

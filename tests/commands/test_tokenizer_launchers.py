@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-from tests.commands.shell import ROOT, environment
+from tests.commands.shell import ROOT, launcher_output, stand_ins
 
 PORTS = {
     "reconstruction_vq": ("tokenizer/tokenizer_image/reconstruction_vq_ddp.py", 12344),
@@ -21,20 +19,12 @@ PORTS = {
 @pytest.fixture
 def machine(tmp_path):
     """Commands in front of the path: torchrun prints where it is and its words, nvidia-smi shows three GPUs."""
-    for name, script in {
-        "torchrun": 'pwd\nprintf "%s\\n" "$@"',
-        "nvidia-smi": 'for i in 0 1 2; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done',
-    }.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    return tmp_path
+    gpus = 'for i in 0 1 2; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done'
+    return stand_ins(tmp_path, {"torchrun": 'pwd\nprintf "%s\\n" "$@"', "nvidia-smi": gpus})
 
 
 def words(machine, name: str, *flags: str, **variables: str) -> list[str]:
-    env = {**environment(), "PATH": f"{machine}:/usr/bin:/bin", **variables}
-    line = ["bash", str(ROOT / f"scripts/tokenizer/{name}.sh"), *flags]
-    done = subprocess.run(line, cwd=machine, env=env, capture_output=True, text=True, check=True)
-    folder, *rest = done.stdout.splitlines()
+    folder, *rest = launcher_output(machine, f"tokenizer/{name}.sh", *flags, **variables)
     assert folder == str(ROOT)
     return rest
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from autoregressive.train import train_c2i_fsdp, train_t2i
-from tests.commands.shell import ROOT, environment
+from tests.commands.shell import ROOT, environment, launcher_output, stand_ins
 
 STAGES = {"train_t2i_stage1": "256", "train_t2i_stage2": "512"}
 VARIABLES = {"nnodes": "2", "nproc_per_node": "5", "node_rank": "1", "master_addr": "host", "master_port": "7"}
@@ -19,20 +19,16 @@ VARIABLES = {"nnodes": "2", "nproc_per_node": "5", "node_rank": "1", "master_add
 @pytest.fixture
 def machine(tmp_path):
     """Commands in front of the path."""
-    for name, script in {
+    scripts = {
         "torchrun": 'printf "%s\\n" "$@"',
         "srun": 'echo "srun $*" >> calls; shift; exec "$@"',
         "scontrol": 'echo "scontrol $*" >> calls; echo first-host',
-    }.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    return tmp_path
+    }
+    return stand_ins(tmp_path, scripts)
 
 
 def words(machine, name, *flags, **variables):
-    env = {**environment(), "PATH": f"{machine}:/usr/bin:/bin", **variables}
-    line = ["bash", str(ROOT / f"scripts/autoregressive/{name}.sh"), *flags]
-    return subprocess.run(line, cwd=machine, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    return launcher_output(machine, f"autoregressive/{name}.sh", *flags, **variables)
 
 
 @pytest.mark.parametrize("name", ["train_c2i", "train_c2i_fsdp", *STAGES])

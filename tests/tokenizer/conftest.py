@@ -52,29 +52,29 @@ def vqgan(work) -> Path:
     return work
 
 
-@pytest.fixture(scope="session")
-def vae(tmp_path_factory) -> Path:
+def diffusers_model(folder: Path, kind: str, **config: object) -> Path:
+    """A folder of a diffusers model with random weights."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
+    getattr(diffusers, kind)(**config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    return diffusers_model(
+        tmp_path_factory.mktemp("vae"), "AutoencoderKL",
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def decoder(tmp_path_factory) -> Path:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.ConsistencyDecoderVAE(
+    return diffusers_model(
+        tmp_path_factory.mktemp("cd"), "ConsistencyDecoderVAE",
         encoder_block_out_channels=(8, 8), encoder_down_block_types=("DownEncoderBlock2D",) * 2,
         encoder_norm_num_groups=4, decoder_block_out_channels=(8, 8), decoder_layers_per_block=1,
         decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2, decoder_norm_num_groups=4,
         decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("cd")
-    model.save_pretrained(folder)
-    return folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +12,9 @@ from autoregressive.models.engine import Engine
 from autoregressive.models.generate import generate
 from autoregressive.models.noise import ImageNoise
 from tests import golden
-from tests.autoregressive.models.test_generate import PUBLISHED_C2I, PUBLISHED_T2I, formula_captions
-from tests.autoregressive.models.tiny import captions, formula_model, from_golden, random_model
+from tests.autoregressive.engine.test_published import needs_compiler
+from tests.autoregressive.models.tiny import captions, from_golden, random_model
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler here"
-)
 pytestmark = needs_compiler
 
 
@@ -33,22 +28,6 @@ def test_greedy_generation_matches_the_golden(case):
     cond, count = case.tensors["cond"], params["max_new_tokens"]
     tokens = generate(NativeEngine(model), cond, count, masks, **options, **params["sampling"])
     assert torch.equal(tokens, generate(model, cond, count, masks, **options, **params["sampling"]))
-
-
-@pytest.mark.parametrize(("guidance", "expected"), PUBLISHED_C2I.items())
-def test_published_greedy_tokens(guidance, expected):
-    scale, interval = guidance
-    engine = NativeEngine(formula_model())
-    options = {"cfg_scale": scale, "cfg_interval": interval, "sample_logits": False}
-    for _ in range(2):  # the second time in the caches of the first
-        assert generate(engine, torch.tensor([1, 9]), 16, **options).tolist() == expected
-
-
-@pytest.mark.parametrize(("scale", "expected"), PUBLISHED_T2I.items())
-def test_published_greedy_tokens_for_captions(scale, expected):
-    engine = NativeEngine(formula_model(model_type="t2i", cls_token_num=120))
-    features, masks = formula_captions()
-    assert generate(engine, features, 16, masks, cfg_scale=scale, sample_logits=False).tolist() == expected
 
 
 @settings(max_examples=25, deadline=None)
