@@ -5,6 +5,9 @@ Feature maps are NCHW. All blocks follow one pattern: normalise, swish, convolve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -133,8 +136,61 @@ def run_stack(x: Tensor, blocks: nn.ModuleList, attentions: nn.ModuleList) -> Te
     return x
 
 
-def require_multiple(images: Tensor, stride: int) -> None:
-    """Raise ValueError where halving would lose rows or columns of (B, C, H, W) images."""
-    height, width = images.shape[-2:]
-    if height % stride or width % stride:
-        raise ValueError(f"Height and width must be multiples of {stride}, but are {height} and {width}: crop or pad.")
+class CodeAutoencoder(nn.Module):
+    """Encoder, quantizer and decoder, with a 1x1 convolution before and after the quantizer.
+
+    Args:
+        stride: pixels in each direction that become one code.
+        z_channels: what the encoder gives and the decoder takes.
+        code_channels: channels of a code, D.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        quantize: nn.Module,
+        *,
+        stride: int,
+        z_channels: int,
+        code_channels: int,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.encoder, self.decoder, self.quantize = encoder, decoder, quantize
+        self.quant_conv = nn.Conv2d(z_channels, code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(code_channels, z_channels, 1)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any, tuple[None, None, Tensor]]:
+        """Images (B, 3, H, W) to ``(quant, losses, (None, None, indices))``, see the quantizer's `forward`.
+
+        `quant` is (B, D, H/stride, W/stride), `indices` (B * H/stride * W/stride,) int64.
+        Raises ValueError if height or width is not a multiple of `stride`.
+        """
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(
+                f"Height and width must be multiples of {self.stride}, but are {height} and {width}: crop or pad."
+            )
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Quantized latents (B, D, h, w) to images (B, 3, h*stride, w*stride)."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
+        """Codes to images (B, 3, h*stride, w*stride).
+
+        Args:
+            code_b: indices, B*h*w in all, in order batch, row, column.
+            shape: (B, D, h, w), or (B, h, w, D) with `channel_first` off.
+        """
+        if shape is None:
+            raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")
+        quant = self.quantize.get_codebook_entry(code_b, shape, channel_first)
+        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2).contiguous())
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        """Images to their reconstructions, and what the quantizer says of its losses."""
+        quant, losses, _ = self.encode(input)
+        return self.decode(quant), losses

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from tokenizer.layers import (
     AttnBlock,
+    CodeAutoencoder,
     Downsample,
     Normalize,
     ResnetBlock,
     Upsample,
     nonlinearity,
-    require_multiple,
     residual_stack,
     run_stack,
 )
-from tokenizer.tokenizer_image.quantizer import EmbeddingLoss, VectorQuantizer, compute_entropy_loss
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer, compute_entropy_loss
 from tokenizer.tokenizer_image.quantizers import code_shape, new_quantizer
 
 __all__ = [
@@ -180,18 +180,15 @@ class Decoder(nn.Module):
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
-class VQModel(nn.Module):
+class VQModel(CodeAutoencoder):
     """Encoder, quantizer and decoder. `stride` pixels in each direction become one code.
 
     `config` holds the codebook's real size and width, also where the quantizer decides them.
     """
 
     def __init__(self, config: ModelArgs) -> None:
-        super().__init__()
-        size, width = code_shape(
-            config.quantizer, config.codebook_size, config.codebook_embed_dim, config.fsq_levels
-        )
-        self.config = config = replace(config, codebook_size=size, codebook_embed_dim=width)
+        size, width = code_shape(config.quantizer, config.codebook_size, config.codebook_embed_dim, config.fsq_levels)
+        config = replace(config, codebook_size=size, codebook_embed_dim=width)
         shared = {
             "ch": config.ch,
             "num_res_blocks": config.num_res_blocks,
@@ -199,9 +196,9 @@ class VQModel(nn.Module):
             "z_channels": config.z_channels,
             "norm_groups": config.norm_groups,
         }
-        self.encoder = Encoder(ch_mult=config.encoder_ch_mult, **shared)
-        self.decoder = Decoder(ch_mult=config.decoder_ch_mult, **shared)
-        self.quantize = new_quantizer(
+        encoder = Encoder(ch_mult=config.encoder_ch_mult, **shared)
+        decoder = Decoder(ch_mult=config.decoder_ch_mult, **shared)
+        quantize = new_quantizer(
             config.quantizer,
             size,
             width,
@@ -211,43 +208,9 @@ class VQModel(nn.Module):
             show_usage=config.codebook_show_usage,
             levels=config.fsq_levels,
         )
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
-
-    @property
-    def stride(self) -> int:
-        """Pixels per code in each direction."""
-        return 2 ** (len(self.config.encoder_ch_mult) - 1)
-
-    def encode(self, x: Tensor) -> tuple[Tensor, EmbeddingLoss, tuple[None, None, Tensor]]:
-        """Images (B, 3, H, W) to ``(quant, losses, (None, None, indices))``, see `Quantizer.forward`.
-
-        `quant` is (B, codebook_embed_dim, H/stride, W/stride), `indices` (B * H/stride * W/stride,) int64.
-        Raises ValueError if height or width is not a multiple of `stride`.
-        """
-        require_multiple(x, self.stride)
-        return self.quantize(self.quant_conv(self.encoder(x)))
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Quantized latents (B, codebook_embed_dim, h, w) to images (B, 3, h*stride, w*stride)."""
-        return self.decoder(self.post_quant_conv(quant))
-
-    def decode_code(self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
-        """Codes to images (B, 3, h*stride, w*stride).
-
-        Args:
-            code_b: indices, B*h*w in all, in order batch, row, column.
-            shape: (B, codebook_embed_dim, h, w), or (B, h, w, codebook_embed_dim) with `channel_first` off.
-        """
-        if shape is None:
-            raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")
-        quant = self.quantize.get_codebook_entry(code_b, shape, channel_first)
-        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2).contiguous())
-
-    def forward(self, input: Tensor) -> tuple[Tensor, EmbeddingLoss]:
-        """Images to their reconstructions, and the quantizer's losses and codebook usage."""
-        quant, emb_loss, _ = self.encode(input)
-        return self.decode(quant), emb_loss
+        stride = 2 ** (len(config.encoder_ch_mult) - 1)
+        super().__init__(encoder, decoder, quantize, stride=stride, z_channels=config.z_channels, code_channels=width)
+        self.config = config
 
 
 _SMALL = {"ch": 32, "num_res_blocks": 1, "norm_groups": 8, "z_channels": 64}

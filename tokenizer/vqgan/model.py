@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
-from tokenizer.layers import require_multiple
+from tokenizer.layers import CodeAutoencoder
 from tokenizer.vqgan.layer import Decoder, Encoder
 from tokenizer.vqgan.quantize import VectorQuantizer2 as VectorQuantizer
 from utils import checkpoint
@@ -33,7 +31,7 @@ VQGAN_FROM_TAMING = {
 }
 
 
-class VQModel(nn.Module):
+class VQModel(CodeAutoencoder):
     """Encoder, quantizer and decoder. Images are (B, 3, H, W) in [-1, 1], sides multiples of the stride.
 
     Args:
@@ -59,12 +57,15 @@ class VQModel(nn.Module):
         sane_index_shape: bool = False,
         **_training_options: Any,
     ) -> None:
-        super().__init__()
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
-        self.quantize = VectorQuantizer(n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape)
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        encoder = Encoder(**ddconfig)
+        super().__init__(
+            encoder,
+            Decoder(**ddconfig),
+            VectorQuantizer(n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape),
+            stride=2 ** (len(encoder.down) - 1),
+            z_channels=ddconfig["z_channels"],
+            code_channels=embed_dim,
+        )
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
@@ -89,29 +90,3 @@ class VQModel(nn.Module):
             raise ValueError(f"{path} is of another model: it lacks {missing} and has {unexpected} too many.")
         if logging:
             print(f"Loaded {len(weights)} tensors from {path}")
-
-    @property
-    def stride(self) -> int:
-        """Pixels per code in each direction."""
-        return 2 ** (len(self.encoder.down) - 1)
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """Images to ``(quant, loss, (None, None, indices))``, see `VectorQuantizer2.forward`."""
-        require_multiple(x, self.stride)
-        return self.quantize(self.quant_conv(self.encoder(x)))
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Quantized latents (B, embed_dim, h, w) to images."""
-        return self.decoder(self.post_quant_conv(quant))
-
-    def decode_code(self, code_b: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
-        """Codes to images; `shape` is (B, embed_dim, h, w), without `channel_first` (B, h, w, embed_dim)."""
-        if shape is None:
-            raise ValueError("decode_code needs the shape of the latents: (batch, channels, rows, columns).")
-        quant = self.quantize.get_codebook_entry(code_b, shape, channel_first)
-        return self.decode(quant if channel_first else quant.permute(0, 3, 1, 2).contiguous())
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to their reconstructions and the quantizer's loss."""
-        quant, loss, _ = self.encode(input)
-        return self.decode(quant), loss
