@@ -103,6 +103,8 @@ class Request:
             facts["prompt"] = self.subject
         else:
             facts |= {"class_id": self.subject, "class_name": card.classes.name(int(self.subject))}
+        if self.edit is not None:
+            facts["cells"] = self.edit.mask.nonzero()[0].tolist()
         return facts | {"settings": vars(self.sampling)}
 
 

@@ -63,3 +63,5 @@ def test_the_facts_of_a_picture_are_enough_to_draw_it_again(cards):
     assert facts["seed"] == 8 and facts["class_id"] == 2 and facts["class_name"] == "green star"
     assert facts["settings"] == {"cfg_scale": 2.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     assert Request("tiny-text", "a cat", PLAIN).facts(cards["tiny-text"], 0)["prompt"] == "a cat"
+    edit = Request("tiny-class", 2, PLAIN, edit=Edit(PICTURE, MASK))
+    assert "cells" not in facts and edit.facts(cards["tiny-class"], 0)["cells"] == list(range(9, 16))

@@ -1,0 +1,95 @@
+"""The page as it is built, and what happens on it from the press of a button on, without a browser."""
+
+import asyncio
+
+import gradio as gr
+import numpy as np
+import pytest
+
+from autoregressive.serve.requests import BadRequest, Request, Sampling
+from demo import parts
+from demo.page import build_page, page_options
+from demo.parts import drawing
+from tests.demo.fakes import FakeSource
+
+PLAIN = Sampling(2.0, 0, 1.0, 1.0)
+CONTROLS = (gr.Slider, gr.Textbox, gr.Dropdown, gr.Radio, gr.Checkbox, gr.ImageEditor, gr.Gallery)
+SHOWN = ("draw", "stop", "status", "board", "again", "kept", "gallery")
+
+
+def updates(source, ask, kept=()):
+    async def press():
+        return [dict(zip(SHOWN, update, strict=True)) async for update in drawing(source, list(kept), ask)]
+
+    return asyncio.run(press())
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+    return said
+
+
+def test_every_control_has_a_label(cards):
+    blocks = build_page(FakeSource(cards)).blocks.values()
+    controls = [block for block in blocks if isinstance(block, CONTROLS)]
+    assert len(controls) > 20 and all(control.label for control in controls)
+    assert all(block.value for block in blocks if isinstance(block, gr.Button))
+    assert [tab.label for tab in blocks if isinstance(tab, gr.Tab)] == ["Classes", "Text", "Edit"]
+
+
+def test_the_first_class_is_one_of_the_list_and_controls_start_as_the_card_says(of_classes):
+    blocks = build_page(FakeSource([of_classes]), seed=9).blocks.values()
+    picker = next(block for block in blocks if isinstance(block, gr.Dropdown))
+    assert picker.value in [value for _, value in picker.choices]
+    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
+    assert sliders["Guidance"].value == 2.0 and (sliders["Top-k"].value, sliders["Top-k"].maximum) == (64, 64)
+    assert sliders["Number of images"].maximum == 16
+    assert next(block for block in blocks if isinstance(block, gr.Textbox)).value == "9"
+
+
+def test_the_header_says_what_runs(cards):
+    header = next(block.value for block in build_page(FakeSource(cards)).blocks.values() if isinstance(block, gr.HTML))
+    assert "nothing" in header and "tiny-class" in header and "tiny-text" in header and "GPT-XS" in header
+
+
+def test_nothing_is_fetched_or_sent(cards):
+    page, options = build_page(FakeSource(cards)), page_options()
+    theme = options.get("theme") or page.theme
+    assert not page.analytics_enabled and theme._stylesheets == []
+    assert "http" not in (options.get("css") or page.css)
+
+
+def test_from_the_button_to_the_pictures(cards):
+    source, request = FakeSource(cards), Request("tiny-class", 2, PLAIN, seed=3, n=2)
+    shown = updates(source, lambda: (request, cards[0]), kept=[np.zeros((16, 16, 3), np.uint8)])
+    first, last = shown[0], shown[-1]
+    assert not first["draw"]["interactive"] and first["stop"]["interactive"] and "drawing" in first["status"]
+    assert last["draw"]["interactive"] and not last["stop"]["interactive"] and 'data-state="done"' in last["status"]
+    assert last["board"].count("Save PNG") == 2 and "sample_c2i.py" in last["again"]
+    assert len(last["kept"]) == 3 and np.array_equal(last["kept"][1], source.picture(request, 1))
+
+
+def test_only_so_many_pictures_are_kept(cards):
+    many = [np.zeros((16, 16, 3), np.uint8)] * parts._MOST_KEPT
+    last = updates(FakeSource(cards), lambda: (Request("tiny-class", 2, PLAIN), cards[0]), many)[-1]
+    assert len(last["kept"]) == parts._MOST_KEPT and last["kept"][0].any()
+
+
+def test_a_mistake_is_told_and_pictures_stay(cards, warnings):
+    def ask():
+        raise BadRequest("The seed is <wrong>.", "seed")
+
+    (told,) = updates(FakeSource(cards), ask)
+    assert warnings == ["The seed is &lt;wrong&gt;."]
+    assert 'role="alert">The seed is &lt;wrong&gt;.' in told["status"] and told["draw"]["interactive"]
+    assert told["board"] == gr.skip()
+
+
+def test_what_fails_is_told(cards, warnings):
+    source = FakeSource(cards, fails=True)
+    last = updates(source, lambda: (Request("tiny-class", 2, PLAIN), cards[0]))[-1]
+    assert "it broke twice" in last["status"] and last["draw"]["interactive"]
+    bug = updates(source, lambda: 1 / 0)[-1]
+    assert "Something went wrong" in bug["status"] and "division" not in str(bug)
