@@ -13,12 +13,14 @@ class ClassNames:
     """Finds class ids by what a user types: an id, a name, or for ImageNet one of WordNet's synonyms.
 
     `names` are those of a JSON file (a list in the order of the ids), of ImageNet where there are 1000 classes and no
-    file, else none.
+    file, else none. `own` are names that stand in no file.
     """
 
-    def __init__(self, num_classes: int, path: str | None = None) -> None:
-        self.num_classes, self._path = num_classes, path
-        self.names: Sequence[str] | None = None
+    def __init__(self, num_classes: int, path: str | None = None, own: Sequence[str] | None = None) -> None:
+        self.num_classes, self._path = num_classes, path or ("this model" if own else None)
+        self.names: Sequence[str] | None = own
+        if own:
+            return
         if path:
             self.names = _read_names(path, num_classes)
         elif num_classes == NUM_CLASSES:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dataset.augmentation import center_crop_arr
@@ -52,8 +53,17 @@ def of_cells(cells: Sequence[int], grid: int) -> Tensor:
 def of_picture(path: str | Path, grid: int, stride: int) -> Tensor:
     """The cells in which a picture is bright (above 127) anywhere, after the centre crop that images get."""
     picture = center_crop_arr(read_rgb(path), grid * stride)
-    bright = torch.from_numpy(np.array(picture.convert("L"))) > 127
-    return F.max_pool2d(bright.float()[None], stride).bool().flatten()
+    return _cells(torch.from_numpy(np.array(picture.convert("L"))) > 127, stride)
+
+
+def of_alpha(alpha: Image.Image, grid: int, stride: int) -> Tensor:
+    """The cells in which an alpha channel (mode L) is transparent (below 128) anywhere, after the same crop."""
+    return _cells(torch.from_numpy(np.array(center_crop_arr(alpha, grid * stride))) < 128, stride)
+
+
+def _cells(pixels: Tensor, stride: int) -> Tensor:
+    """The cells with any of `pixels`, bool (H, W)."""
+    return F.max_pool2d(pixels.float()[None], stride).bool().flatten()
 
 
 def at_random(share: float, grid: int, seed: int) -> Tensor:

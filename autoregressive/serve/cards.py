@@ -28,6 +28,7 @@ class Card:
     args: argparse.Namespace
     about: str = ""
     examples: tuple[str, ...] = ()  # prompts to begin with
+    class_names: tuple[str, ...] | None = None  # where no file has them
 
     @property
     def kind(self) -> str:
@@ -47,7 +48,9 @@ class Card:
     @cached_property
     def classes(self) -> ClassNames | None:
         """Its classes by id and name; None for a model of texts."""
-        return ClassNames(self.args.num_classes, self.args.class_names) if self.kind == "c2i" else None
+        if self.kind != "c2i":
+            return None
+        return ClassNames(self.args.num_classes, self.args.class_names, self.class_names)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -97,3 +100,20 @@ def read_card(path: str | Path, overrides: Sequence[str] = ()) -> Card:
 def bundled_cards(overrides: Sequence[str] = ()) -> list[Card]:
     """The models that come with the project: small ones, of emoji, by class and by text."""
     return [read_card(EMOJI / f"{name}.json", overrides) for name in ("emoji-class", "emoji-text")]
+
+
+def cards_of_flags(flags: Sequence[str], files: Sequence[str] = ()) -> list[Card]:
+    """What a command serves: the models of `files`, or the one that its model flags describe, or the bundled ones.
+
+    `flags` are the words of the command line that describe a model; with files or the bundled models they override
+    what is said there, such as ``--device cpu``.
+    """
+    kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kind.add_argument("--gpt-type", default="c2i")
+    kind.add_argument("--gpt-ckpt")
+    known, _ = kind.parse_known_args(flags)
+    if files:
+        return [read_card(file, flags) for file in files]
+    if known.gpt_ckpt is None:
+        return bundled_cards(flags)
+    return [card_of_args(card_parser("t2i" if known.gpt_type == "t2i" else "c2i").parse_args(flags))]

@@ -13,7 +13,8 @@ import torch
 from autoregressive.serve.batching import LocalSource, _Call, local_source
 from autoregressive.serve.requests import BadRequest, Drawn, Edit, Failed, Progress, Request, Sampling, Unavailable
 from autoregressive.serve.studio import Job, Studio
-from autoregressive.serve.workers import GivenUp, WorkerDied
+from autoregressive.serve.workers import WorkerDied
+from tests.autoregressive.serve.fake import FakeWorker, picture_of, source_of
 from tests.autoregressive.serve.tiny import tiny_cards
 
 PLAIN = Sampling(cfg_scale=3.0, top_k=20, top_p=1.0, temperature=0.8)
@@ -23,52 +24,6 @@ OTHER = Sampling(cfg_scale=1.0, top_k=20, top_p=1.0, temperature=0.8)
 @pytest.fixture(scope="module")
 def cards(tmp_path_factory):
     return tiny_cards(tmp_path_factory.mktemp("cards"))
-
-
-def picture_of(seed):
-    return np.full((16, 16, 3), seed % 256, np.uint8)
-
-
-class FakeWorker:
-    """Draws pictures whose pixels are their seed. `gate` holds it back; `deadly` seeds kill it, `broken` ones fail."""
-
-    def __init__(self, deadly=(), broken=(), starts=()):
-        self.batches, self.deadly, self.broken, self.starts = [], deadly, broken, list(starts)
-        self.gate, self.at_work = threading.Event(), threading.Event()
-        self.gate.set()
-        self.started = 0
-
-    def start(self):
-        self.started += 1
-        if self.starts and (error := self.starts.pop(0)):
-            raise error
-
-    def draw(self, batch):
-        self.batches.append([job.seed for job in batch.jobs])
-        self.at_work.set()
-        batch.tell(range(len(batch.jobs)), 1, 16, np.stack([picture_of(job.seed) for job in batch.jobs]))
-        while not self.gate.wait(0.01):
-            if batch.given_up:
-                self.batches[-1] = "stopped"
-                raise GivenUp
-        if any(job.seed in self.deadly for job in batch.jobs):
-            raise WorkerDied("by a test")
-        if any(job.seed in self.broken for job in batch.jobs):
-            raise RuntimeError("by a test")
-        return np.stack([picture_of(job.seed) for job in batch.jobs])
-
-    def kill(self):
-        self.gate.set()
-
-
-@contextlib.contextmanager
-def source_of(cards, *workers, **options):
-    source = LocalSource(cards, workers, "test", **options)
-    source.start()
-    try:
-        yield source
-    finally:
-        source.close()
 
 
 def ask(seed, n=1, sampling=PLAIN, **options):
