@@ -119,7 +119,7 @@ def _read(name: str, text: str) -> Any:
         if bool in kinds:
             return {"true": True, "false": False}[text.lower()]
         if str in kinds:
-            return text
+            return int(text) if int in kinds and text.isdecimal() else text
         return float(text) if float in kinds else int(text)
     except (KeyError, ValueError):
         raise BadRequest(f"{name} must be {_WORDS[kinds[-1]]}, not {_shown(text)}", name) from None

@@ -84,14 +84,14 @@ class EventWriter:
         return [self._event("completed", event.number, self._picture(event.number, event.picture), usage=True)]
 
     def _progress(self, event: Progress) -> list[bytes]:
-        parts = []
+        parts, so_far = [], {"done": event.done, "total": event.total}
         if self._wanted.progress:
-            parts.append(self._event("progress", event.number, {"done": event.done, "total": event.total}))
+            parts.append(self._event("progress", event.number, so_far))
         shown = self._shown[event.number]
         due = event.total * (shown + 1) / (self._wanted.partial_images + 1)  # spread evenly over the picture
         if event.preview is not None and shown < self._wanted.partial_images and event.done >= due:
             self._shown[event.number] += 1
-            content = self._picture(event.number, event.preview) | {"partial_image_index": shown}
+            content = self._picture(event.number, event.preview) | {"partial_image_index": shown} | so_far
             parts.append(self._event("partial_image", event.number, content))
         return parts
 

@@ -12,6 +12,7 @@ import numpy as np
 from autoregressive.serve.cards import Card
 
 LARGEST_SEED = 2**32 - 1
+KEY_VARIABLE = "LLAMAGEN_API_KEY"  # of the environment: what a server asks its clients for
 
 
 class BadRequest(ValueError):

@@ -32,12 +32,12 @@ from autoregressive.serve.api import Api, Limits
 from autoregressive.serve.batching import local_source
 from autoregressive.serve.cards import Card, add_card_args, cards_of_flags
 from autoregressive.serve.metrics import Backend
+from autoregressive.serve.requests import KEY_VARIABLE
 from autoregressive.serve.slow_clients import ImpatientProtocol
 from utils.args import make_parser
 from utils.errors import run
 from utils.logger import create_logger
 
-KEY = "LLAMAGEN_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MEBIBYTE = 2**20
 
@@ -118,9 +118,9 @@ def serve(backend: Backend, limits: Limits, host: str, port: int, grace: float) 
         ValueError: it cannot listen there.
     """
     log = logging.getLogger("llamagen")
-    key = os.environ.get(KEY) or None
+    key = os.environ.get(KEY_VARIABLE) or None
     if host not in _LOOPBACK and key is None:
-        log.warning("anybody who reaches %s can use this server: set %s to ask for a key", host, KEY)
+        log.warning("anybody who reaches %s can use this server: set %s to ask for a key", host, KEY_VARIABLE)
     listener = listen(host, port)
     server = make_server(backend, limits, key, grace)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended in good order

@@ -148,8 +148,9 @@ def test_whatever_is_sent_is_a_request_or_a_bad_one(cards, content):
 
 
 def test_forms_hold_the_same_as_texts():
-    form = {"prompt": "5", "n": "2", "top_p": "0.5", "stream": "True", "seed": " 7"}
-    assert fields_of_form(form) == {"prompt": "5", "n": 2, "top_p": 0.5, "stream": True, "seed": 7}
+    form = {"prompt": "5", "n": "2", "top_p": "0.5", "stream": "True", "seed": " 7", "class": "5"}
+    assert fields_of_form(form) == {"prompt": "5", "n": 2, "top_p": 0.5, "stream": True, "seed": 7, "class": 5}
+    assert fields_of_form({"class": "5 stars"}) == {"class": "5 stars"}
     for name, text in (("n", "two"), ("n", "9" * 5000), ("top_p", ""), ("stream", "yes"), ("other", "1")):
         assert refusal(fields_of_form, {name: text})[0] == name
 
