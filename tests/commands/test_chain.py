@@ -288,14 +288,6 @@ def test_pictures_carry_their_settings_and_classes_go_by_name(chain, tmp_path):
     assert json.loads(text["settings"])["cfg_scale"] == 2.0
 
 
-@pytest.mark.parametrize("script", [VQ_TRAIN, EXTRACT, TRAIN, SAMPLE, "dataset/openmoji.py"])
-def test_commands_start_from_anywhere_and_as_modules(script, tmp_path):
-    by_path = run(str(ROOT / script), "--help", cwd=tmp_path)
-    assert "show this help" in by_path
-    module = script.removesuffix(".py").replace("/", ".")
-    assert "show this help" in run("-m", module, "--help")
-
-
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [

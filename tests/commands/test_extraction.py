@@ -24,7 +24,7 @@ from dataset.codes import CodeFolder
 from dataset.imagenet import PackedDataset, build_imagenet_code
 from dataset.images import ClassFolders
 from dataset.packed import CaptionCodes, PackedCodes
-from tests.commands.shell import EXTRACT, ROOT, VQ_SIZE, make_images, run
+from tests.commands.shell import EXTRACT, VQ_SIZE, make_images, run
 from tests.commands.test_faults import start
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import checkpoint
@@ -256,12 +256,6 @@ def shards_are_there(store: Path, count: int) -> Callable[[], bool]:
 def test_two_processes_write_what_one_writes(work, packed, tmp_path):
     run(EXTRACT, *flags_of(work, tmp_path, "--batch-size", 3), processes=2)
     assert contents(tmp_path / "imagenet16_packed") == contents(packed)
-
-
-@pytest.mark.slow
-def test_the_captions_command_starts_from_anywhere_and_as_a_module(tmp_path):
-    assert "--data-start" in run(str(ROOT / T2I), "--help", cwd=tmp_path)
-    assert "--data-start" in run("-m", T2I.removesuffix(".py").replace("/", "."), "--help")
 
 
 def test_files_of_the_established_layout_go_on_where_they_stopped(work, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dataset.augmentation import center_crop_arr, eval_transform
 from dataset.coco import SingleFolderDataset
 from dataset.images import ClassFolders
 from evaluations.image_quality import psnr, ssim
-from tests.commands.shell import ROOT, environment, run
+from tests.commands.shell import run
 from tests.tokenizer.conftest import COUNT
 from tests.tokenizer.test_vqgan import TINY
 from tokenizer.consistencydecoder import reconstruction_cd_ddp
@@ -335,26 +334,3 @@ def test_established_flags_and_defaults(command):
     assert (args.image_size, args.dataset, args.sample_dir) == (256, "imagenet", "reconstructions")
     assert (args.per_proc_batch_size, args.global_seed, args.num_workers) == (32, 0, 4)
     assert args.npz_order == ("index" if command is reconstruction_vq_ddp else "shuffled")
-
-
-STARTS = """
-import os, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(os.path.abspath(script))
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code
-"""
-
-
-@pytest.mark.slow
-def test_commands_start_by_path_and_without_diffusers(tmp_path):
-    """Each script with its own folder first on the path, as Python starts it, in one process to save time."""
-    (tmp_path / "diffusers.py").write_text("raise ImportError")
-    scripts = [ROOT / command.__file__ for command in ESTABLISHED]
-    env = {**environment(), "PYTHONPATH": str(tmp_path)}
-    line = [sys.executable, "-c", STARTS, *map(str, scripts)]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--npz-order {index,shuffled}") >= len(scripts)

@@ -12,7 +12,6 @@ from PIL import Image
 from dataset.codes import CodeFolder, write_array, write_codes
 from dataset.packed import sha256_of
 from dataset.packing import PackedWriter
-from tests.commands.shell import ROOT, run
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import check_image_codes
 from utils import checkpoint
@@ -115,10 +114,3 @@ def test_mistakes_are_named(tokenizer):
         check(Path.cwd())
     with pytest.raises(SystemExit):
         check_image_codes.parser().parse_args(["--code-path", "0.npy"])  # --vq-ckpt is required
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", ["check_image_codes", "convert_codes"])
-def test_tools_start_from_anywhere_and_as_modules(tool, tmp_path):
-    assert "show this help" in run(str(ROOT / f"tools/{tool}.py"), "--help", cwd=tmp_path)
-    assert "show this help" in run("-m", f"tools.{tool}", "--help")
