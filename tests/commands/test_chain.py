@@ -20,6 +20,7 @@ from tests.commands.shell import (
     VQ_SIZE,
     VQ_TRAIN,
     make_images,
+    refused,
     run,
 )
 from utils import checkpoint
@@ -190,7 +191,7 @@ def test_codes_that_do_not_fit_the_flags_are_found_before_training(chain, tmp_pa
         (["--image-size", 16, "--downsample-size", 8], "16 codes an image"),
     ]:
         line = [*GPT_FLAGS, "--code-path", chain / "codes", *flags, "--run-dir", tmp_path / "gpt"]
-        assert message in run(TRAIN, *line, code=2)
+        assert message in refused(TRAIN, *line)
     assert not (tmp_path / "gpt").exists()
 
 
@@ -210,7 +211,7 @@ def test_codes_of_two_tokenizers_are_never_mixed(chain, tmp_path):
         "--layout",
         "files",
     ]
-    assert "tokenizer_sha256" in run(EXTRACT, *flags, code=2)
+    assert "tokenizer_sha256" in refused(EXTRACT, *flags)
 
 
 def test_ten_crops_make_ten_rows(chain, tmp_path):
@@ -304,15 +305,21 @@ def test_pictures_carry_their_settings_and_classes_go_by_name(chain, tmp_path):
         ),
     ],
 )
-def test_a_users_mistake_is_one_sentence_and_exit_code_2(script, flags, message, tmp_path):
-    printed = run(str(ROOT / script), *flags, code=2, cwd=tmp_path)
-    assert message in printed and "Traceback" not in printed
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(script, flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, line = refused(script, *flags).splitlines()
+    assert line.startswith("error: ") and message in line
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_users_mistake_ends_the_process_without_a_traceback(tmp_path):
+    printed = run(str(ROOT / VQ_TRAIN), "--data-path", "/absent", code=2, cwd=tmp_path)
+    assert "/absent" in printed and "Traceback" not in printed
 
 
 def test_a_checkpoint_of_another_size_is_named(chain, tmp_path):
     flags = sample_flags(chain, "--gpt-model", "GPT-S")
-    printed = run(SAMPLE, *flags, "--output", tmp_path / "x.png", code=2)
-    assert "it would fit --gpt-model GPT-XS" in printed
-    printed = run(SAMPLE, *sample_flags(chain, "--vq-model", "VQ-16"), "--output", tmp_path / "x.png", code=2)
-    assert "it would fit --vq-model VQ-4-S --codebook-size 64" in printed
+    assert "it would fit --gpt-model GPT-XS" in refused(SAMPLE, *flags, "--output", tmp_path / "x.png")
+    flags = sample_flags(chain, "--vq-model", "VQ-16")
+    said = refused(SAMPLE, *flags, "--output", tmp_path / "x.png")
+    assert "it would fit --vq-model VQ-4-S --codebook-size 64" in said
