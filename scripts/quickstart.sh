@@ -23,6 +23,10 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown flag $1; known are --minutes N, --text and --out FOLDER" >&2; exit 2 ;;
   esac
 done
+if ! [[ "$minutes" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && "$minutes" =~ [1-9] ]]; then
+  echo "error: --minutes must be a number above 0, found $minutes" >&2
+  exit 2
+fi
 out="${out:-quickstart${text:+-text}}"
 kind=c2i
 [ -z "$text" ] || kind=t2i

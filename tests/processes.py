@@ -45,6 +45,18 @@ def in_processes(world: int, function: Callable[..., Any], *args: Any) -> list[A
     return [value for _, value in results]
 
 
+def command_in_processes(world: int, command: ModuleType, work: Callable[..., Any], *flags: object) -> None:
+    """`work(arguments)` in each of `world` processes, with the arguments that `command` makes of `flags`.
+
+    What torchrun and the command do, without its start: most of that is importing torch.
+    """
+    in_processes(world, _parse_and_work, command, work, [str(flag) for flag in flags])
+
+
+def _parse_and_work(command: ModuleType, work: Callable[..., Any], flags: list[str]) -> None:
+    work(command.parser().parse_args(flags))
+
+
 def _receive(pipe: Any, rank: int) -> tuple[bool, Any]:
     try:
         return pipe.recv() if pipe.poll(300) else (False, f"process {rank} said nothing for five minutes")

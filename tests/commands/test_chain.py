@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.train import train_c2i
 from tests.commands.shell import (
     EXTRACT,
     GPT_FLAGS,
@@ -23,6 +24,8 @@ from tests.commands.shell import (
     refused,
     run,
 )
+from tests.processes import command_in_processes
+from tokenizer.tokenizer_image import vq_train
 from utils import checkpoint
 from utils.logger import read_metrics
 
@@ -235,7 +238,8 @@ def test_two_processes_train_the_gpt_like_one(chain, tmp_path):
         1e-3,
     ]
     for processes in (1, 2):
-        run(TRAIN, *GPT_FLAGS, *plain, "--run-dir", tmp_path / str(processes), processes=processes)
+        flags = [*GPT_FLAGS, *plain, "--run-dir", tmp_path / str(processes)]
+        command_in_processes(processes, train_c2i, train_c2i.train, *flags)
     one, two = (weights(tmp_path / str(p) / "checkpoints/0000003.pt") for p in (1, 2))
     assert all(torch.allclose(one[k], two[k], atol=2e-5) for k in one)
     losses = [[e["loss"] for e in read_metrics(tmp_path / str(p) / "metrics.jsonl")] for p in (1, 2)]
@@ -263,7 +267,8 @@ def test_two_processes_train_the_tokenizer_like_one_with_a_discriminator(chain, 
         "kmeans",
     ]
     for processes in (1, 2):
-        run(VQ_TRAIN, *flags, "--run-dir", tmp_path / str(processes), processes=processes)
+        run_dir = tmp_path / str(processes)
+        command_in_processes(processes, vq_train, vq_train.train, *flags, "--run-dir", run_dir)
     one, two = (checkpoint.read(tmp_path / str(p) / "checkpoints/0000002.pt") for p in (1, 2))
     for part in ("model", "discriminator"):
         same = [torch.allclose(one[part][k], two[part][k], atol=1e-3) for k in one[part] if "codebook_used" not in k]

@@ -66,7 +66,17 @@ def test_quickstart_with_texts_labels_them_and_compares_with_the_drawings(tmp_pa
     assert found["chance"]["10"] == pytest.approx(10 / 1803, rel=0.2)
 
 
-@pytest.mark.parametrize(("flags", "message"), [(["--minuets", "3"], "--minuets"), (["--minutes", "0"], "above 0")])
-def test_wrong_flags(flags, message, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--minuets", "3"], "--minuets"),
+        (["--minutes", "0"], "above 0, found 0"),
+        (["--minutes", "0.0"], "above 0, found 0.0"),
+        (["--minutes", "ten"], "above 0, found ten"),
+        (["--minutes", "-1"], "above 0, found -1"),
+    ],
+)
+def test_wrong_flags_are_found_before_any_work(flags, message, tmp_path):
     done = quickstart(*flags, "--out", tmp_path / "qs")
     assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "qs").exists()

@@ -9,6 +9,8 @@ import torch
 
 from tests.commands.shell import VQ_FLAGS, VQ_TRAIN, make_images, run
 from tests.commands.test_faults import has_checkpoint, interrupt, start
+from tests.processes import command_in_processes
+from tokenizer.tokenizer_image import vq_train
 from utils import checkpoint
 from utils.logger import read_metrics
 
@@ -24,7 +26,8 @@ def test_two_processes_learn_running_means_and_revive_like_one(images, tmp_path)
     flags = [*VQ_FLAGS, "--data-path", images, "--val-data-path", images, "--quantizer", "ema", "--max-steps", 6,
              "--revive-every", 2, "--codebook-init", "kmeans", "--lr", 1e-5, "--ema"]  # fmt: skip
     for processes in (1, 2):
-        run(VQ_TRAIN, *flags, "--run-dir", tmp_path / str(processes), processes=processes)
+        run_dir = tmp_path / str(processes)
+        command_in_processes(processes, vq_train, vq_train.train, *flags, "--run-dir", run_dir)
     one, two = (checkpoint.read(tmp_path / str(p) / "checkpoints/0000006.pt") for p in (1, 2))
     for part in ("model", "ema"):
         for key in ("cluster_size", "cluster_sum", "embedding.weight"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dataset.features import open_features
-from language.extract_t5_feature import parser
+from language import extract_t5_feature
 from language.extraction import extract
 from language.t5 import T5Embedder
-from tests.commands import shell
+from tests.processes import command_in_processes
 
 CAPTIONS = {
     "a": ["a red cat", "the dog in snow. a big lake", "hello world"],
@@ -36,7 +36,7 @@ def flags(lists, cache_dir, output, *more):
 
 
 def run(*args):
-    extract(parser().parse_args(flags(*args)))
+    extract(extract_t5_feature.parser().parse_args(flags(*args)))
 
 
 def contents(folder):
@@ -109,7 +109,7 @@ def test_a_line_without_the_caption_is_left_out_and_counted(cache_dir, tmp_path,
 def test_two_processes_write_what_one_writes(lists, cache_dir, tmp_path):
     for layout in ("files", "packed"):
         arguments = flags(lists, cache_dir, tmp_path / f"two-{layout}", "--layout", layout)
-        shell.run("language/extract_t5_feature.py", *arguments, processes=2)
+        command_in_processes(2, extract_t5_feature, extract, *arguments)
         run(lists, cache_dir, tmp_path / f"one-{layout}", "--layout", layout)
         one, two = contents(tmp_path / f"one-{layout}"), contents(tmp_path / f"two-{layout}")
         assert one.keys() == two.keys()
