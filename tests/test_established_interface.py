@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
+from autoregressive.serve import sample_c2i as serve_sample_c2i
 from autoregressive.train import extract_codes_c2i, extract_codes_t2i, train_c2i
 from evaluations.t2i import evaluation as t2i_evaluation
 from tokenizer.tokenizer_image import vq_train
@@ -110,6 +111,12 @@ LINES = [
         "--sample-dir samples --per-proc-batch-size 32 --num-fid-samples 50000 --global-seed 0 --top-k 0 "
         "--temperature 1.0 --top-p 1.0",
     ),
+    (
+        serve_sample_c2i,
+        "--gpt-model GPT-3B --gpt-ckpt x --gpt-type c2i --from-fsdp --cls-token-num 1 --precision bf16 --compile "
+        "--vq-model VQ-16 --vq-ckpt v --codebook-size 16384 --codebook-embed-dim 8 --image-size 384 "
+        "--downsample-size 16 --num-classes 1000 --cfg-scale 4.0 --seed 0 --top-k 2000 --temperature 1.0 --top-p 1.0",
+    ),
 ]
 REQUIRED = {
     t2i_evaluation: "--fake_dir f",
@@ -118,6 +125,7 @@ REQUIRED = {
     train_c2i: "--code-path c",
     sample_c2i: "",
     sample_c2i_ddp: "",
+    serve_sample_c2i: "",
 }
 # Defaults that a published number depends on.
 DEFAULTS = {
@@ -174,6 +182,17 @@ DEFAULTS = {
         "num_fid_samples": 50000,
         "global_seed": 0,
         "balanced_labels": False,
+    },
+    serve_sample_c2i: {
+        "gpt_model": "GPT-B",
+        "cfg_scale": 4.0,
+        "top_k": 2000,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "seed": 0,
+        "image_size": 384,
+        "precision": "bf16",
+        "class_labels": [207, 360, 387, 974, 88, 979, 417, 279],
     },
 }
 

@@ -1,7 +1,8 @@
 """vLLM from Python: classes or captions in, codes out.
 
     from autoregressive.serve.llm import LLM
-    codes = LLM(export_checkpoint(args, vocab_size)).generate([207, 360], seeds=[0, 1], cfg_scale=4.0)
+    with LLM(export_checkpoint(args, vocab_size)) as llm:
+        codes = llm.generate([207, 360], seeds=[0, 1], cfg_scale=4.0)
 
 Image i depends on its condition, settings and seed alone, and is the one that `generate` draws with this seed, up to
 rounding: see docs/serving.md.
@@ -126,3 +127,13 @@ class LLM:
         """One step of the engine: the requests that moved, with their codes so far and whether they are finished."""
         for output in self.engine.step():
             yield output.request_id, list(output.outputs[0].token_ids), output.finished
+
+    def close(self) -> None:
+        """End the engine and give its memory back. It is of no use afterwards."""
+        self.engine.engine_core.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -41,7 +41,7 @@ def greedy(model: Transformer, cond: Sequence[int] | Tensor, scales: Sequence[fl
     return torch.cat(rows)
 
 
-def drawn(model: Transformer, cond: Sequence[int], seeds: Sequence[int], **options: Any) -> Tensor:
+def drawn(model: Transformer, cond: Sequence[int] | Tensor, seeds: Sequence[int], **options: Any) -> Tensor:
     """What the in-process engines draw for these seeds."""
     noise = ImageNoise([mix_seed(seed) for seed in seeds])
     return generate(model, torch.as_tensor(cond), model.block_size, generators=noise, **options)

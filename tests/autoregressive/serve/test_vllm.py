@@ -12,7 +12,7 @@ import pytest
 from tests.commands.shell import ROOT
 
 VENV = ROOT / Path(os.environ.get("VENV_VLLM", ".venv-vllm"))
-SERVING = ["export", "exported", "llm", "vllm_engine", "vllm_plugin"]
+SERVING = ["export", "exported", "llm", "vllm_engine", "vllm_plugin", "sample_c2i"]
 
 
 @pytest.mark.slow
