@@ -77,6 +77,7 @@ class ExportedModel:
             "max_model_len": positions,
             "max_num_seqs": max_images,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & further.keys():
             blocks = 1 + max_images * math.ceil(positions / _KV_BLOCK)

@@ -120,7 +120,7 @@ class LLM:
     def submit(self, prompt: dict[str, Any], params: Any) -> str:
         """Hand one request to the engine; `step` then works on it. Returns its name."""
         name = f"image-{next(self._numbers)}"
-        self.engine.add_request(name, prompt, params)
+        self.engine.add_request(name, self.engine.renderer.render_cmpl([prompt])[0], params)
         return name
 
     def step(self) -> Iterator[tuple[str, list[int], bool]]:

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 if not __package__:  # started by file path: the repository root takes the place of this folder
@@ -20,11 +21,12 @@ if not __package__:  # started by file path: the repository root takes the place
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from autoregressive.build import add_gpt_args, latent_grid, load_gpt, require_null_class
 from autoregressive.engine.build import make_engine
 from autoregressive.models.generate import generate
-from autoregressive.sample.pipeline import OnToken, decode_codes, image_generators
+from autoregressive.sample.pipeline import decode_codes, image_generators
 from autoregressive.serve.export import export_checkpoint
 from autoregressive.serve.exported import check_sampling
 from autoregressive.serve.vllm_engine import vllm_installed
@@ -60,10 +62,16 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def vllm_codes(args: argparse.Namespace, vocab_size: int, on_codes: OnToken) -> tuple[Tensor, float]:
+def code_bar(args: argparse.Namespace) -> tqdm:
+    """A bar over the codes of all pictures."""
+    return progress(len(args.class_labels) * latent_grid(args) ** 2, "token")
+
+
+def vllm_codes(args: argparse.Namespace, vocab_size: int) -> tuple[Tensor, float]:
     """Codes (B, N) from vLLM, and the seconds that drawing took."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: it starts ten times as fast
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import vllm
 
     from autoregressive.serve.llm import LLM
@@ -73,13 +81,12 @@ def vllm_codes(args: argparse.Namespace, vocab_size: int, on_codes: OnToken) -> 
     options = {name: getattr(args, name) for name in ("cfg_scale", "top_k", "top_p", "temperature")}
     with LLM(folder, guidance=args.cfg_scale > 1, max_images=len(args.class_labels)) as llm:
         started = time.perf_counter()
-        codes = llm.generate(args.class_labels, seeds=args.seed, on_codes=on_codes, **options)
+        with code_bar(args) as bar:
+            codes = llm.generate(args.class_labels, seeds=args.seed, on_codes=bar.update, **options)
         return codes, time.perf_counter() - started
 
 
-def own_codes(
-    args: argparse.Namespace, vocab_size: int, device: torch.device, on_codes: OnToken
-) -> tuple[Tensor, float]:
+def own_codes(args: argparse.Namespace, vocab_size: int, device: torch.device) -> tuple[Tensor, float]:
     """The same from the engine that this project has for `device`."""
     gpt = load_gpt(args, vocab_size, device, DTYPES[args.precision])
     require_null_class(gpt, args)
@@ -91,17 +98,18 @@ def own_codes(
     labels = torch.tensor(args.class_labels, device=device)
     noise = image_generators(range(args.seed, args.seed + len(labels)), device)
     started = time.perf_counter()
-    codes = generate(
-        engine,
-        labels,
-        engine.block_size,
-        cfg_scale=args.cfg_scale,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        temperature=args.temperature,
-        generators=noise,
-        on_token=lambda _: on_codes(len(labels)),
-    )
+    with code_bar(args) as bar:
+        codes = generate(
+            engine,
+            labels,
+            engine.block_size,
+            cfg_scale=args.cfg_scale,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            temperature=args.temperature,
+            generators=noise,
+            on_token=lambda _: bar.update(len(labels)),
+        )
     if device.type == "cuda":
         torch.cuda.synchronize()
     return codes, time.perf_counter() - started
@@ -133,11 +141,7 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     """Codes, pictures, the grid."""
     tokenizer = load_tokenizer(args, device)
     size = tokenizer.config.codebook_size
-    with progress(len(args.class_labels) * latent_grid(args) ** 2, "token") as bar:
-        if vllm_installed():
-            codes, seconds = vllm_codes(args, size, bar.update)
-        else:
-            codes, seconds = own_codes(args, size, device, bar.update)
+    codes, seconds = vllm_codes(args, size) if vllm_installed() else own_codes(args, size, device)
     print(f"gpt sampling takes about {seconds:.2f} seconds.")
     started = time.perf_counter()
     images = decode_codes(tokenizer, codes.to(device)).cpu()

@@ -8,6 +8,7 @@ engine.shutdown()
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from itertools import count
@@ -92,18 +93,26 @@ class VLLMEngine:
 
         if not self.alive:
             raise EngineDied("vLLM's process has ended; make a new engine")
-        outputs = self._engine.generate(prompt, params, f"image-{next(self._numbers)}")
+        (rendered,) = self._engine.renderer.render_cmpl([prompt])
+        outputs = self._engine.generate(rendered, params, f"image-{next(self._numbers)}")
         try:
             async for output in outputs:
                 codes = list(output.outputs[0].token_ids)
+                if output.outputs[0].finish_reason == "abort":
+                    raise EngineDied("vLLM was shut down while it drew this image")
                 yield self.model.check_codes(codes) if output.finished else codes
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineDied("vLLM's process ended while it drew this image; its output says why") from error
         finally:
             await outputs.aclose()  # vLLM drops the image if it is not finished
 
-    def shutdown(self, timeout: float | None = 10.0) -> None:
-        """End vLLM's process, after at most `timeout` seconds by force. Images at work are lost."""
+    async def shutdown(self, timeout: float = 10.0) -> None:
+        """End vLLM's process, after at most `timeout` seconds by force. Images at work are lost.
+
+        To be called in the event loop that drew the images: vLLM's sockets are closed there, and a process in which
+        they stay open cannot end.
+        """
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.shutdown(timeout=timeout)
+            await asyncio.to_thread(engine.shutdown, timeout)
+            await asyncio.sleep(0)  # the loop's turn to close them

@@ -30,7 +30,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def engine(model, loop, tmp_path_factory) -> Iterator[VLLMEngine]:
     engine = VLLMEngine(export_model(model, tmp_path_factory.mktemp("gpt") / "gpt"), max_images=4)
     yield engine
-    engine.shutdown()
+    loop.run_until_complete(engine.shutdown())
 
 
 async def whole(engine: VLLMEngine, label: int, **options) -> list[int]:
@@ -110,6 +110,25 @@ def test_mistakes_are_told_before_anything_is_drawn(engine):
     assert engine.unfinished == 0
 
 
+def test_shutdown_ends_the_process_and_those_who_wait(model, loop, tmp_path):
+    others = set(children())
+    engine = VLLMEngine(export_model(model, tmp_path / "gpt"), max_images=4)
+    own = set(children()) - others
+
+    async def stop() -> None:
+        stream = engine.draw_codes(0)
+        await anext(stream)
+        await engine.shutdown()
+        assert not engine.alive
+        with pytest.raises(EngineDied):
+            async for _ in stream:
+                pass
+
+    assert own
+    loop.run_until_complete(asyncio.wait_for(stop(), 30))
+    assert not own & set(children())
+
+
 def test_a_dead_engine_is_told_to_those_who_wait(model, loop, tmp_path):
     others = set(children())
     engine = VLLMEngine(export_model(model, tmp_path / "gpt"), max_images=4)
@@ -126,11 +145,11 @@ def test_a_dead_engine_is_told_to_those_who_wait(model, loop, tmp_path):
         assert not engine.alive
         with pytest.raises(EngineDied, match="make a new engine"):
             await anext(engine.draw_codes(0))
+        await engine.shutdown()
+        await engine.shutdown()
 
     assert own
     loop.run_until_complete(killed())
-    engine.shutdown()
-    engine.shutdown()
     assert not own & set(children())
 
 

@@ -20,7 +20,7 @@ SERVING = ["export", "exported", "llm", "vllm_engine", "vllm_plugin", "sample_c2
 def test_everything_in_vllms_own_environment():
     hidden = ("PYTEST_", "PYTHONPATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    line = [str(VENV / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", "tests/vllm"]
+    line = [str(VENV / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "120", "tests/vllm"]
     done = subprocess.run(
         line, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=840
     )
