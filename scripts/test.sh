@@ -7,6 +7,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh requirements-dev.txt
 
+# The demo's page is tested in Chromium; without it those tests are skipped.
+if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  echo "Installing Chromium for the tests of the demo (once)"
+  chromium="apt-get install -y -q --no-install-recommends chromium chromium-driver"
+  $chromium >/dev/null 2>&1 || { apt-get update -q && $chromium; } >/dev/null 2>&1 \
+    || echo "Chromium could not be installed: those tests are skipped" >&2
+fi
+
 ruff check .
 if [ "${TEST_VLLM:-1}" != 0 ]; then
   bash scripts/setup_vllm.sh || echo "notice: the tests of serving with vLLM are skipped, see the line above"
