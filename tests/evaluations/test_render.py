@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -124,12 +125,12 @@ def test_split_evenly_gives_all_items_once_in_order_and_every_worker_as_much(cou
     items = list(range(100, 100 + count))
     batches = split_evenly(items, batch_size, workers)
     assert [i for batch in batches for i in batch] == items
-    assert all(1 <= len(batch) <= batch_size for batch in batches)
-    full = [len(batch) for batch in batches if len(batch) == batch_size]
-    rest = [len(batch) for batch in batches[len(batches) - len(batches) % workers :]]
-    assert len(batches) <= workers * (count // (batch_size * workers) + 1)
-    assert len(full) >= count // (batch_size * workers) * workers
-    assert not rest or max(rest) - min(rest) <= 1
+    sizes = [len(batch) for batch in batches]
+    full = count // (batch_size * workers) * workers
+    assert sizes[:full] == [batch_size] * full
+    rest = sizes[full:]
+    assert len(rest) == min(workers, count - full * batch_size)
+    assert max(rest, default=0) - min(rest, default=0) <= 1
 
 
 def test_a_queue_gives_each_piece_to_one_process_and_a_slow_one_gets_fewer(monkeypatch):
@@ -137,22 +138,24 @@ def test_a_queue_gives_each_piece_to_one_process_and_a_slow_one_gets_fewer(monke
     store, taken = torch.distributed.HashStore(), {0: [], 1: [], 2: []}
     monkeypatch.setattr(render_module, "get_world_size", lambda: 3)
     monkeypatch.setattr(render_module, "group_store", lambda: store)
-    work, finished = [[i] for i in range(40)], []
+    work, heard = [[i] for i in range(40)], {0: [], 1: [], 2: []}
     queues = []
     for _ in range(3):
         monkeypatch.setattr(SharedQueue, "_made", 6)  # each process counts its own
         queues.append(SharedQueue())
-    slow_may_go_on = threading.Event()
+    left: list[int] = []
 
     def process(rank):
         for piece in queues[rank].take(work):
-            if rank == 0:
-                assert slow_may_go_on.wait(30)
+            while rank == 0 and store.add("queue7/ended", 0) < 2:  # the slow one: until the others have no more to do
+                time.sleep(0.01)
             taken[rank].extend(piece)
-            queues[rank].finish(1)
-            if len(taken[1]) + len(taken[2]) >= 39:
-                slow_may_go_on.set()
-        queues[rank].wait(finished.append if rank == 1 else lambda _: None)
+            heard[rank].append(queues[rank].finish(1))
+        if rank == 0:
+            time.sleep(0.5)
+            assert left == []  # they wait
+        queues[rank].wait(heard[rank].append)
+        left.append(rank)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
     threads[0].start()
@@ -163,5 +166,5 @@ def test_a_queue_gives_each_piece_to_one_process_and_a_slow_one_gets_fewer(monke
     for thread in threads:
         thread.join(30)
     assert sorted(taken[0] + taken[1] + taken[2]) == list(range(40))
-    assert len(taken[0]) == 1
-    assert queues[2].finish(0) >= 0 and store.add("queue7/finished", 0) == 40
+    assert len(taken[0]) == 1 and len(left) == 3
+    assert [sum(counts) for counts in heard.values()] == [40, 40, 40]  # each hears of all that is finished, once

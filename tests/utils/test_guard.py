@@ -45,12 +45,21 @@ def test_outliers_hardly_move_the_limit_and_refused_losses_not_at_all(tmp_path):
 
 
 def test_few_losses_or_no_threshold_call_nothing_a_spike(tmp_path):
-    assert guard(tmp_path, losses=steady(19)).limit() == math.inf
+    assert guard(tmp_path, losses=steady(19)).limit() == math.inf > guard(tmp_path, losses=steady(20)).limit()
     assert guard(tmp_path, threshold=0.0, losses=steady()).limit() == math.inf
 
 
 def test_a_loss_that_does_not_move_has_room_for_a_percent_of_itself(tmp_path):
     assert guard(tmp_path, threshold=5.0, losses=[2.0] * 30).limit() == pytest.approx(2.1)
+
+
+def test_only_the_last_two_hundred_losses_count(tmp_path):
+    old, new = [9.0] * 101, [2.0] * 100
+    made = guard(tmp_path, threshold=5.0, losses=[*old, *new[:-1]])
+    assert made.limit() > 9  # 101 of the last 200 are high
+    for number in (1, 2):
+        made.admits(2.0, 1.0, number, BATCH)
+    assert made.limit() == pytest.approx(2.1)
 
 
 def test_stop_says_what_and_where(tmp_path):
@@ -64,6 +73,12 @@ def test_skipping_ends_after_twenty_in_a_row(tmp_path):
         assert not made.admits(float("nan"), 1.0, number, BATCH)
     with pytest.raises(ValueError, match="20 steps in a row"):
         made.admits(float("nan"), 1.0, 19, BATCH)
+
+
+def test_a_good_step_between_starts_the_count_anew(tmp_path):
+    made = guard(tmp_path)
+    for number in range(60):
+        assert made.admits(3.0 if number % 20 == 19 else float("nan"), 1.0, number, BATCH) == (number % 20 == 19)
 
 
 def test_a_restored_guard_judges_alike(tmp_path):
