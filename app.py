@@ -6,7 +6,9 @@ draws with the small models that come with the project, on any machine. With you
 
     python app.py --vq-ckpt vq_ds16_c2i.pt --gpt-ckpt c2i_XL_384.pt --gpt-model GPT-XL --image-size 384
 
-With --server-url the page draws on a server that `python -m autoregressive.serve.server` runs.
+With --server-url the page draws on a server that autoregressive/serve/server.py runs, here or elsewhere; the key that
+it asks for is in the environment's LLAMAGEN_API_KEY. --cfg-scale, --top-k, --top-p, --temperature and --seed are what
+the page shows first.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 if not __package__:  # started by file path, from any folder
     sys.path[0] = str(Path(__file__).resolve().parent)
 
-from demo.models import add_model_flags, cards_of, given_flags
+from demo.models import add_model_flags, cards_of, cards_of_server, given_flags
 from utils.args import make_parser
 from utils.errors import run
 
@@ -59,6 +61,13 @@ def main(given: dict[str, Any]) -> None:
 
 
 def _source(server_url: str | None, of_model: dict[str, Any]) -> Any:
+    """What draws; to be closed in the end."""
+    if server_url:
+        from autoregressive.serve.client import server_source
+
+        source = server_source(server_url)
+        source.cards = cards_of_server(source.cards, of_model)
+        return source
     from autoregressive.serve.batching import local_source
 
     cards = cards_of(of_model)

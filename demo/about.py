@@ -100,9 +100,9 @@ def _nearby(path: str) -> str:
 
 
 def server_body(request: Request, card: Card) -> str:
-    """The JSON for ``POST /v1/images/generations``."""
-    subject = str(request.subject) if card.classes is None else card.classes.name(int(request.subject))
-    settings = {"cfg_scale": "guidance_scale"}
-    body = {"model": card.name, "prompt": subject or str(request.subject), "n": request.n, "seed": request.seed}
-    body |= {settings.get(name, name): value for name, value in vars(request.sampling).items()}
+    """The JSON for ``POST /v1/images/generations``; of an edit nothing, as its picture is not in it."""
+    if request.edit:
+        return ""
+    what = {"prompt": request.subject} if card.classes is None else {"class": request.subject}
+    body = {"model": card.name, **what, "n": request.n, "seed": request.seed, **vars(request.sampling)}
     return json.dumps(body, ensure_ascii=False)

@@ -10,7 +10,7 @@ import torch
 
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import LARGEST_SEED, BadRequest, Edit, Request, Sampling
-from dataset.imagenet_names import NUM_CLASSES
+from dataset.imagenet_names import NUM_CLASSES, imagenet_names
 from tokenizer.build import build_tokenizer
 
 MOST_PICTURES = 16
@@ -63,7 +63,7 @@ def class_choices(card: Card) -> list[tuple[str, int]]:
     classes = card.classes
     if classes is None:
         raise ValueError(f"{card.name} draws texts, it has no classes")
-    if classes.num_classes == NUM_CLASSES and not card.args.class_names:
+    if classes.names is not None and list(classes.names) == imagenet_names():
         from tools.imagenet_en_cn import IMAGENET_1K_CLASSES  # here, as it is large
 
         return [(IMAGENET_1K_CLASSES[i], i) for i in range(NUM_CLASSES)]

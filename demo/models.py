@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +53,18 @@ def cards_of(given: dict[str, Any]) -> list[Card]:
             f"well, or no flag of a model for those that come with the project"
         )
     return [with_values(card, given) for card in (map(read_card, files) if files else bundled_cards())]
+
+
+def cards_of_server(cards: Mapping[str, Card], given: dict[str, Any]) -> dict[str, Card]:
+    """The models of a server with the start values that are `given`.
+
+    Raises:
+        ValueError: there are other flags of a model, which a server chooses by itself.
+    """
+    useless = [name for name in given if name not in SAMPLING]
+    if useless:
+        raise ValueError(f"--{useless[0].replace('_', '-')} is for models in this process; the server has its own")
+    return {name: with_values(card, given) for name, card in cards.items()}
 
 
 def with_values(card: Card, values: dict[str, Any]) -> Card:

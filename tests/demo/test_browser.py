@@ -1,5 +1,6 @@
 """The real page, with small random models, used as people use it: in headless Chromium."""
 
+import contextlib
 import json
 import shlex
 import socket
@@ -19,9 +20,12 @@ pytest.importorskip("selenium", reason="selenium is not installed: it drives the
 from selenium.webdriver.common.by import By
 
 from autoregressive.sample import sample_c2i
+from autoregressive.serve.api import Limits
+from autoregressive.serve.batching import local_source
 from autoregressive.serve.cards import read_card
 from autoregressive.serve.requests import Edit, Sampling
 from autoregressive.serve.studio import Job, Studio
+from tests.autoregressive.serve.http import serving
 from tests.autoregressive.serve.tiny import tiny_card_files
 from tests.commands.shell import ROOT, environment
 from tests.demo.browser import CHROMIUM, DRIVER, Visitor, shown, start_browser
@@ -50,11 +54,18 @@ def card_files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(card_files):
     """The page of `python app.py`, in a process of its own."""
+    flags = [word for path in card_files for word in ("--card", str(path))]
+    with page_of(*flags, "--device", "cpu") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def page_of(*flags):
+    """The address of the page of a process `python app.py`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = [word for path in card_files for word in ("--card", str(path))]
-    line = [sys.executable, str(ROOT / "app.py"), *flags, "--device", "cpu", "--port", str(port)]
+    line = [sys.executable, str(ROOT / "app.py"), *flags, "--port", str(port)]
     app = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}/"
     try:
@@ -291,6 +302,27 @@ def test_editing_an_uploaded_picture_by_a_text(visitor, expected, tmp_path):
     assert shown(marked.find_element(By.TAG_NAME, "img"))[2, 2].tolist() == [200, 30, 30]
     visitor.generate()
     edited(expected, visitor, np.full((16, 16, 3), (200, 30, 30), np.uint8), "tiny-text", "a red cat", AS_TEXT)
+
+
+def test_on_a_server(browser, card_files, expected):
+    source = local_source([read_card(path) for path in card_files[:2]], workers=0)
+    with (
+        contextlib.closing(source),
+        serving(source, Limits(max_n=5)) as address,
+        page_of("--server-url", address) as url,
+    ):
+        visitor = Visitor(browser, url).open()
+        assert address in visitor.all("#header")[0].text
+        drawn = visitor.generate()
+        assert np.array_equal(drawn, expected("tiny-class", 1, AS_CLASS, range(SEED, SEED + 4)))
+        visitor.write("number input for Number of images", "6")
+        visitor.press("Generate")
+        assert "5" in visitor.wait_for("failed")
+        visitor.go_to("Edit").all(".kept .thumbnail-item")[0].click()
+        visitor.until(lambda: visitor.paint((0, 0.2), (0.1, 0.2)) or visitor.all(".marked"), "cells are shown")
+        visitor.generate()
+        edited(expected, visitor, drawn[0], "tiny-class", 1, AS_CLASS)
+        assert visitor.errors() == []
 
 
 @pytest.mark.parametrize("width", [390, 360])

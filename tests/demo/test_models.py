@@ -9,7 +9,7 @@ import app
 from autoregressive.serve.cards import Card
 from demo import models
 from demo.asking import start_of
-from demo.models import cards_of, given_flags
+from demo.models import cards_of, cards_of_server, given_flags
 from tests.commands.shell import ROOT, environment
 
 ESTABLISHED = (
@@ -70,6 +70,13 @@ def test_the_bundled_models_take_flags_of_any_model(cards, monkeypatch):
 def test_half_a_model(flags, message):
     with pytest.raises(ValueError, match=message):
         cards_of(given(*flags))
+
+
+def test_a_server_has_its_own_models(of_classes):
+    there = {"tiny-class": of_classes}
+    assert cards_of_server(there, given("--top-k", "9"))["tiny-class"].sampling["top_k"] == 9
+    with pytest.raises(ValueError, match="--gpt-ckpt is for models in this process"):
+        cards_of_server(there, given("--gpt-ckpt", "x"))
 
 
 def test_nothing_runs_at_import_and_help_needs_no_gradio():

@@ -49,6 +49,7 @@ def test_what_is_no_picture(tmp_path, content):
         read_upload(path, 16)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_half_a_picture_and_an_endless_one(tmp_path):
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole, format="PNG")
