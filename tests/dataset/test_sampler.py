@@ -1,5 +1,6 @@
 """The order of draws: independent of ranks, workers and restarts."""
 
+import argparse
 import itertools
 import random
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dataset.sampler import Draw, GlobalBatchSampler, SeededItems
+from dataset import sampler as sampler_module
+from dataset.sampler import Draw, GlobalBatchSampler, SeededItems, StreamPosition, training_loader
 
 
 def first_batches(sampler: GlobalBatchSampler, count: int) -> list[list[Draw]]:
@@ -33,6 +35,43 @@ def test_ranks_and_micro_batches_make_up_the_global_batch(length, micro, world, 
     for b in range(3):
         together = [draw for part in range(parts) for r in range(world) for draw in split[r][b * parts + part]]
         assert together == alone[start + b]
+    assert {len(draws) for of_rank in split for draws in of_rank} == {size // (world * parts)}  # all as many
+
+
+class Stream(IterableDataset):
+    """Ten samples without end, and the epoch that it is told to begin with."""
+
+    total, epoch = 10, None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        return itertools.cycle(range(self.total))
+
+
+@pytest.mark.parametrize(("done", "epoch"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2)])
+def test_a_stream_that_stopped_inside_an_epoch_goes_on_with_the_next(done, epoch):
+    stream = Stream()
+    position = StreamPosition(stream, global_batch_size=3)
+    assert position.batches_per_epoch == 3
+    position.start = done
+    assert (position.start, stream.epoch) == (done, epoch)
+
+
+def test_a_stream_shorter_than_a_batch_is_refused():
+    assert StreamPosition(Stream(), 10).batches_per_epoch == 1
+    with pytest.raises(ValueError, match="hold 10 samples, fewer than --global-batch-size 11"):
+        StreamPosition(Stream(), 11)
+
+
+def test_a_streams_loader_gives_the_share_of_one_process_and_one_accumulation_step(monkeypatch):
+    monkeypatch.setattr(sampler_module, "get_world_size", lambda: 4)
+    args = argparse.Namespace(global_batch_size=24, gradient_accumulation_steps=2, num_workers=0)
+    monkeypatch.setattr(Stream, "total", 50)
+    position, loader = training_loader(Stream(), args, torch.device("cpu"))
+    assert position.batches_per_epoch == 2
+    assert next(iter(loader)).tolist() == [0, 1, 2]
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
