@@ -36,6 +36,18 @@ def test_center_crop(case: golden.Case) -> None:
     case.check({name: pixels(crop) for name, crop in crops.items()})
 
 
+def test_twice_the_size_is_halved_by_the_box_filter() -> None:
+    image = noise(32, 40)
+    halved = image.resize((20, 16), Image.Resampling.BOX).crop((2, 0, 18, 16))
+    assert np.array_equal(pixels(aug.center_crop_arr(image, 16)), pixels(halved))
+
+
+def test_ten_crops_are_cut_from_a_tenth_more_unless_told_otherwise() -> None:
+    image = noise(40, 30)
+    for default, told in zip(aug.ten_crop_arr(image, 16), aug.ten_crop_arr(image, 16, 1.1), strict=True):
+        assert np.array_equal(pixels(default), pixels(told))
+
+
 @golden.cases("aug.random_crop")
 def test_random_crop(case: golden.Case) -> None:
     outputs = {}

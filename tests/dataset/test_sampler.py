@@ -76,6 +76,7 @@ def test_a_streams_loader_gives_the_share_of_one_process_and_one_accumulation_st
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
     sampler = GlobalBatchSampler(12, 4, seed=3)
+    assert [sampler.global_batch(number) for number in range(6)] == first_batches(sampler, 6)
     draws = list(itertools.chain.from_iterable(first_batches(sampler, 6)))
     epochs = [[d.index for d in draws[:12]], [d.index for d in draws[12:]]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
