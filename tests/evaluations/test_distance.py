@@ -52,8 +52,10 @@ def test_distances_are_those_of_the_features():
 
 def test_features_must_have_been_kept():
     seen = feature_statistics(Colours(), [pictures(range(20))])
-    with pytest.raises(ValueError, match="keep_features"):
-        distances(seen, seen)
+    kept = feature_statistics(Colours(), [pictures(range(20))], keep_features=True)
+    for pair in ((seen, seen), (seen, kept), (kept, seen)):
+        with pytest.raises(ValueError, match="keep_features"):
+            distances(*pair)
 
 
 def test_numbered_pictures_come_in_order_and_in_batches():
