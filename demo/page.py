@@ -19,6 +19,12 @@ from demo.parts import Controls, Gallery, connect, make_buttons, make_controls, 
 
 _HERE = Path(__file__).parent
 _PICTURES = 4
+# Gradio applies its css option within the page's content alone; this is around it.
+_FRAME = """
+.gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
+@media (max-width: 640px) { .gradio-container .main { padding: 10px 12px !important; } }
+footer { display: none !important; }
+"""
 
 
 def build_page(source: Source, seed: int | None = None) -> gr.Blocks:
@@ -57,8 +63,18 @@ def _style(taken_by: Callable[..., Any]) -> dict[str, Any]:
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="zinc", font=fonts, font_mono=("ui-monospace", "Consolas", "monospace")
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_600",
+        block_radius="10px",
+        button_large_radius="10px",
+        button_small_radius="10px",
     )
-    return {"theme": theme, "css": (_HERE / "page.css").read_text()}
+    return {"theme": theme, "css": (_HERE / "page.css").read_text(), "head": f"<style>{_FRAME}</style>"}
 
 
 def _header(source: Source, cards: list[Card]) -> str:
