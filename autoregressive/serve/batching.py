@@ -47,7 +47,7 @@ class _Call:
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._lock = threading.Lock()
         self._events: dict[int, Event] = {}
-        self._error: Failed | None = None
+        self._error: Failed | BadRequest | None = None
 
     def post(self, event: Event) -> None:
         """Put an event in, in the place of an older one of that picture."""
@@ -60,7 +60,7 @@ class _Call:
         if asleep:
             self._wake()
 
-    def fail(self, error: Failed) -> None:
+    def fail(self, error: Failed | BadRequest) -> None:
         """End the request with an error."""
         self._error = error
         self._wake()
@@ -125,7 +125,7 @@ class LocalSource:
     def __init__(self, cards: Sequence[Card], workers: Sequence[Worker], where: str, max_batch_size: int = 16) -> None:
         self.cards = {card.name: card for card in cards}
         self.where = where
-        self.restarts = 0
+        self._restarts = 0
         self.observe: Observer = lambda model, size, seconds: None
         self._workers = list(workers)
         self._limit = max_batch_size
@@ -155,6 +155,11 @@ class LocalSource:
             raise
         engines = sorted({engine for worker in self._workers for engine in getattr(worker, "engines", {}).values()})
         self.where = ", ".join([self.where, *engines])
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker was started again."""
+        return self._restarts
 
     @property
     def waiting(self) -> int:
@@ -239,6 +244,10 @@ class LocalSource:
             pictures = worker.draw(batch)
         except GivenUp:
             return True
+        except BadRequest as error:
+            for ticket in batch.tickets:
+                ticket.call.fail(error)
+            return True
         except WorkerDied as error:
             self._again(batch, error)
             return False
@@ -273,7 +282,7 @@ class LocalSource:
                 self._change.wait_for(lambda: self._closing, timeout=attempt)
                 if self._closing and not self._queue:
                     return False
-                self.restarts += 1
+                self._restarts += 1
             try:
                 worker.start()
             except Exception as error:

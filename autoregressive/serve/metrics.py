@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from autoregressive.serve.requests import Source
@@ -17,7 +17,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Backend(Source, Protocol):
     """A source with an engine room that can be watched and stopped."""
 
-    restarts: int
+    @property
+    def restarts(self) -> int:
+        """How often a worker was started again."""
+        ...
 
     @property
     def waiting(self) -> int:
@@ -56,6 +59,7 @@ class Meter:
         self.batch_pictures = Histogram("batch_pictures", "Pictures of a batch", ["model"], buckets=_SIZES, **names)
         self.batch_seconds = Histogram("batch_seconds", "Time that a batch took", ["model"], buckets=_SECONDS, **names)
         self.registry.register(_Engines(backend))
+        ProcessCollector(registry=self.registry)
         backend.observe = self._batch  # type: ignore[method-assign]
 
     def _batch(self, model: str, size: int, seconds: float) -> None:

@@ -34,6 +34,7 @@ from autoregressive.serve.cards import Card, add_card_args, cards_of_flags
 from autoregressive.serve.metrics import Backend
 from autoregressive.serve.requests import KEY_VARIABLE
 from autoregressive.serve.slow_clients import ImpatientProtocol
+from autoregressive.serve.vllm_source import vllm_python, vllm_source, why_not
 from utils.args import make_parser
 from utils.errors import run
 from utils.logger import create_logger
@@ -66,6 +67,12 @@ def add_server_args(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--card", action="append", default=[], help="JSON file of a model to serve; repeatable")
     group.add_argument(
         "--workers", type=int, help="worker processes, 0: a thread of the server; the default is one per GPU, or one"
+    )
+    group.add_argument(
+        "--backend",
+        choices=["auto", "local", "vllm"],
+        default="auto",
+        help="auto: vLLM where it is installed (scripts/setup_vllm.sh), there is one model and no --workers",
     )
     group.add_argument("--max-batch-size", type=int, default=16, help="pictures that are drawn together")
     group = flags.add_argument_group("limits")
@@ -162,6 +169,26 @@ def describe(cards: Sequence[Card], where: str) -> list[str]:
     ]
 
 
+def backend_of(args: argparse.Namespace, cards: Sequence[Card]) -> Backend:
+    """What draws: vLLM or this project's own engines, started.
+
+    Raises:
+        ValueError: vLLM was asked for and cannot do it, or a checkpoint is missing or does not fit.
+    """
+    name, reason = args.backend, None
+    if name != "local":
+        reason = "vLLM serves one model at a time" if len(cards) > 1 else why_not(cards[0])
+    if name == "vllm" and reason:
+        raise ValueError(f"{reason}; use --backend local")
+    if name == "auto" and vllm_python():
+        name = "local" if reason or args.workers is not None else "vllm"
+        if reason:
+            logging.getLogger("llamagen").info("drawing without vLLM: %s", reason)
+    if name == "vllm":
+        return vllm_source(cards[0], max_batch_size=args.max_batch_size)
+    return local_source(cards, workers=args.workers, max_batch_size=args.max_batch_size)
+
+
 def main(words: Sequence[str]) -> None:
     """Load the models and serve them."""
     args, model_flags = server_parser().parse_known_args(words)
@@ -171,8 +198,7 @@ def main(words: Sequence[str]) -> None:
     cards = cards_of_flags(model_flags, args.card)
     log = create_logger(None)
     log.info("loading %s", ", ".join(card.name for card in cards))
-    device = cards[0].args.device
-    backend = local_source(cards, device=device, workers=args.workers, max_batch_size=args.max_batch_size)
+    backend = backend_of(args, cards)
     try:
         for line in describe(cards, backend.where):
             log.info("%s", line)
