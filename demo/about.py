@@ -47,7 +47,7 @@ def model_html(card: Card) -> str:
         facts.append(f"{escape(card.args.gpt_model)}, {in_words(parameters(card))} parameters")
     what = f"{card.classes.num_classes:,} classes" if card.classes else "any text"
     facts.append(f"draws {what} as {card.edge} × {card.edge} pixels of {card.grid} × {card.grid} codes")
-    about = f" · {escape(card.about)}" if card.about else ""
+    about = f'<span class="about">{escape(card.about)}</span>' if card.about else ""
     return " · ".join(facts) + about
 
 
