@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -153,8 +156,29 @@ def test_a_dead_engine_is_told_to_those_who_wait(model, loop, tmp_path):
     assert not own & set(children())
 
 
-def children() -> list[int]:
-    """The process ids of vLLM's engines that this process has started."""
+def test_engines_do_not_outlive_a_killed_server(model, tmp_path):
+    folder = export_model(model, tmp_path / "gpt")
+    program = f"""
+import sys, time
+from autoregressive.serve.vllm_engine import VLLMEngine
+engine = VLLMEngine({str(folder)!r}, max_images=2)
+print("ready", flush=True)
+time.sleep(300)
+"""
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert any(line == "ready\n" for line in server.stdout)
+    engines = children(server.pid)
+    assert engines
+    server.kill()
+    server.wait()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in engines) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in engines if os.path.exists(f"/proc/{pid}")]
+
+
+def children(parent: int | None = None) -> list[int]:
+    """The process ids of those that this process, or `parent`, has started."""
     listed = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -163,6 +187,6 @@ def children() -> list[int]:
                     status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
             except OSError:
                 continue
-            if status["PPid"].strip() == str(os.getpid()) and status["State"][0] != "Z":
+            if status["PPid"].strip() == str(parent or os.getpid()) and status["State"][0] != "Z":
                 listed.append(int(entry.name))
     return listed

@@ -7,6 +7,11 @@ the heads: one request for each image, whatever arrives, waits or is preempted b
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+import time
+
 ARCHITECTURE = "LlamaGenForImageGeneration"
 MODEL_TYPE = "llamagen"
 LOGITS_PROCESSOR = f"{__name__}.guidance:GuidedDrawing"
@@ -22,3 +27,19 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, LlamaGenConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    if multiprocessing.current_process().name.startswith("EngineCore"):
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """End this engine's process when the one that started it is gone, killed say: vLLM's would stay for ever."""
+    if any(thread.name == _end_with_parent.__name__ for thread in threading.enumerate()):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name=_end_with_parent.__name__, daemon=True).start()
