@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evaluations.features import FeatureNetwork, PictureStatistics, feature_statistics, rank_share
 from evaluations.metrics import NEIGHBOURS, Gaussian, ScoreStatistics
 from evaluations.picture_sets import NpzPictures, PictureFolder, PictureSet, open_pictures, read_arrays
+from utils import checkpoint
 from utils.distributed import broadcast_object, get_world_size, is_main
-from utils.files import atomic_path, cache_folder, sha256_of
+from utils.files import cache_folder, sha256_of
 from utils.progress import progress
 
 STORED = ("mu", "sigma", "mu_s", "sigma_s")
@@ -172,9 +172,7 @@ def _write_cached(kept: Path, measured: Measured) -> None:
     tensors = {"pool.mean": measured.pool.mean, "pool.factor": measured.pool.factor, "features": measured.features}
     if measured.spatial is not None:
         tensors |= {"spatial.mean": measured.spatial.mean, "spatial.factor": measured.spatial.factor}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(kept) as temporary:
-        save_file(tensors, temporary, {"facts": json.dumps(asdict(measured.facts))})
+    checkpoint.save_weights(tensors, kept, {"facts": json.dumps(asdict(measured.facts))})
 
 
 def _read_cached(kept: Path, path: str, device: torch.device | str) -> Measured | None:

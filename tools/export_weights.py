@@ -14,13 +14,11 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import safetensors.torch
 import torch
 
 from utils import checkpoint
 from utils.args import make_parser
 from utils.errors import run
-from utils.files import atomic_path
 from utils.precision import DTYPES
 
 
@@ -41,8 +39,7 @@ def export_weights(path: str | Path, output: str | Path, dtype: torch.dtype, pre
     for key, value in stored.items():
         if value.is_floating_point() and not torch.equal(value.isfinite(), weights[key].isfinite()):
             raise ValueError(f"{key} in {path} has values that {dtype} cannot hold; give another --precision")
-    with atomic_path(output) as temporary:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in stored.items()}, temporary)
+    checkpoint.save_weights(stored, output)
     return output.stat().st_size
 
 

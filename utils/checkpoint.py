@@ -166,6 +166,20 @@ def save(content: Mapping[str, Any], path: str | Path) -> None:
         torch.save(dict(content), temporary)
 
 
+def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, whole or not at all.
+
+    The library gives its files to their owner alone; this one gets the rights that any new file has, so that the
+    others on a cluster can read it too.
+    """
+    stored = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode
+        safetensors.torch.save_file(stored, temporary, dict(metadata or {}))
+        temporary.chmod(rights)
+
+
 def step_of(path: str | Path) -> int:
     """The step number in a checkpoint's name (``0005000.pt`` -> 5000, the folder ``0005000`` too); -1 without one."""
     stem = Path(path).stem

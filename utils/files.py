@@ -43,6 +43,8 @@ def is_full_disk(error: BaseException, folder: Path) -> bool:
     """Whether a write below `folder` failed with `error` because no space is left."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if "No space left on device" in str(error):  # safetensors' own class of errors
+        return True
     # torch's zip writer reports a full disk as a RuntimeError without an errno
     return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _NO_SPACE
 

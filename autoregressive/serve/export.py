@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from autoregressive.build import load_gpt
@@ -90,13 +89,12 @@ def export_model(model: Transformer, folder: str | Path, source: Mapping[str, An
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
-        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        checkpoint.save_weights(model.state_dict(), temporary / "model.safetensors", {"format": "pt"})
         write_json(temporary / _CONFIG, {**vllm_config(model), "source": dict(source or {})})
         _put(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_full_disk(error, folder.parent) or "No space left" in str(error):
+        if is_full_disk(error, folder.parent):
             raise ValueError(f"no space left on the disk while writing {folder}") from error
         raise
     return folder

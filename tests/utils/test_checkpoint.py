@@ -162,3 +162,13 @@ def test_latest_and_prune(tmp_path):
 def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "a" / "x.json", {"b": [1, 2]})
     assert (tmp_path / "a" / "x.json").read_text() == '{\n  "b": [\n    1,\n    2\n  ]\n}\n'
+
+
+def test_weights_as_safetensors_have_the_rights_of_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    weights = {"a": torch.arange(6).view(2, 3).T, "b": torch.nn.Parameter(torch.ones(2, dtype=torch.float16))}
+    checkpoint.save_weights(weights, tmp_path / "w.safetensors", {"made": "here"})
+    read = checkpoint.read(tmp_path / "w.safetensors")
+    assert torch.equal(read["a"], weights["a"]) and torch.equal(read["b"], weights["b"].detach())
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["any", "w.safetensors"]
