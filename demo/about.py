@@ -16,8 +16,10 @@ from autoregressive.build import build_gpt
 from autoregressive.sample import edit_c2i, sample_c2i, sample_t2i
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import Request
+from tokenizer.build import build_tokenizer
 
 _ROOT = Path(__file__).resolve().parents[1]
+_USUAL_CODES = 16384
 _FILES = ("gpt_ckpt", "vq_ckpt", "class_names")
 
 
@@ -26,10 +28,20 @@ def is_local(card: Card) -> bool:
     return bool(getattr(card.args, "gpt_ckpt", None))
 
 
-def parameters(card: Card) -> int:
-    """How many numbers the GPT has."""
+def codes_of(card: Card) -> int:
+    """How many different codes the model has; of a model on a server, whose flags are not known, the usual number."""
+    if not getattr(card.args, "vq_ckpt", None):
+        return _USUAL_CODES
     with torch.device("meta"):
-        return sum(weight.numel() for weight in build_gpt(card.args, 1).parameters()) if is_local(card) else 0
+        return build_tokenizer(card.args).config.codebook_size
+
+
+def parameters(card: Card) -> int:
+    """How many numbers the GPT has; 0 where its flags are not known."""
+    if not is_local(card):
+        return 0
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in build_gpt(card.args, codes_of(card)).parameters())
 
 
 def in_words(count: int) -> str:

@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import LARGEST_SEED, BadRequest, Edit, Request, Sampling
 from dataset.imagenet_names import NUM_CLASSES, imagenet_names
-from tokenizer.build import build_tokenizer
+from demo.about import codes_of
 
 MOST_PICTURES = 16
 LONGEST_PROMPT = 1000  # letters
 FIRST_SEED = 42
 FIRST_CLASS = "llama"  # where a model has it
 _GUIDANCE = (1.0, 25.0)
-_USUAL_CODES = 16384
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,6 @@ def start_of(card: Card, seed: int | None = None) -> Start:
         codes,
         max(1.0, sampling["temperature"]),
     )
-
-
-def codes_of(card: Card) -> int:
-    """How many different codes the model has; of a model on a server, whose flags are not known, the usual number."""
-    if not getattr(card.args, "vq_ckpt", None):
-        return _USUAL_CODES
-    with torch.device("meta"):
-        return build_tokenizer(card.args).config.codebook_size
 
 
 def class_choices(card: Card) -> list[tuple[str, int]]:

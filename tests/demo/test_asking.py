@@ -6,7 +6,8 @@ import pytest
 
 from autoregressive.serve.cards import card_of_args, card_parser
 from autoregressive.serve.requests import LARGEST_SEED, BadRequest
-from demo.asking import MOST_PICTURES, class_choices, codes_of, first_class, request_of, seed_of, start_of
+from demo.about import codes_of
+from demo.asking import MOST_PICTURES, class_choices, first_class, request_of, seed_of, start_of
 
 VALUES = {"subject": 1, "n": 2, "seed": " 7 ", "cfg_scale": 3, "top_k": 9.0, "top_p": 1, "temperature": 0}
 
