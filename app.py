@@ -52,12 +52,15 @@ def main(given: dict[str, Any]) -> None:
     with contextlib.closing(_source(given.get("server_url"), of_model)) as source:
         page = build_page(source, given.get("seed"))
         page.queue(default_concurrency_limit=None, max_size=256)
-        page.launch(
+        _, address, public = page.launch(
             server_name=given.get("host", "127.0.0.1"),
             server_port=given.get("port"),
             share=given.get("share", False),
+            prevent_thread_lock=True,
             **page_options(),
         )
+        print(f"the page is at {' and '.join(filter(None, (address, public)))} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
 
 
 def _source(server_url: str | None, of_model: dict[str, Any]) -> Any:
