@@ -4,9 +4,13 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 
+import httpx
 import pytest
 
 from autoregressive.models.gpt import GPT_models
@@ -33,6 +37,8 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 STAGES = [text.strip() for kind, text in BLOCKS if kind == "bash" and "--" in text]
 # What these do is tested by tests/commands/test_quickstart.py and by this very run.
 SETUP = {"bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -r requirements.txt"}
+# These run until they are stopped: with a path at which they name their models.
+SERVERS = {"python app.py": "/config", "python -m autoregressive.serve.server": "/v1/models"}
 TEXT_SIZE = ["--gpt-model", "GPT-XS", "--downsample-size", "4", "--cls-token-num", "8", "--caption-dim", "16"]
 SMALLER = {  # flags that come last win: the same command on tiny data
     "train_vq": [*VQ_FLAGS, "--max-steps", "2"],
@@ -86,8 +92,8 @@ def _text(work, images):
 
 
 def test_readme_has_the_commands_that_this_test_knows():
-    assert len(STAGES) == 10
-    assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(STAGES)
+    assert len(STAGES) == 11
+    assert {text.strip() for kind, text in BLOCKS if kind == "bash"} == SETUP | set(SERVERS) | set(STAGES)
 
 
 @pytest.mark.parametrize("command", STAGES, ids=lambda text: re.search(r"(\w+)\.(sh|py)", text)[1])
@@ -104,6 +110,34 @@ def test_stage(command, data, tmp_path):
     env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}", "master_port": "29617"}
     done = subprocess.run(line, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_servers_start_with_the_models_that_come_along_and_stop(command):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}"}
+    line = [*shlex.split(command), "--port", str(port)]
+    process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        answer = _answer_of(process, f"http://127.0.0.1:{port}{SERVERS[command]}")
+        assert "emoji-class" in answer and "emoji-text" in answer
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in said and f"http://127.0.0.1:{port}" in said, said
+
+
+def _answer_of(process, url):
+    for _ in range(600):
+        assert process.poll() is None, process.communicate()[0]
+        try:
+            return httpx.get(url, trust_env=False, timeout=30).text
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} did not answer")
 
 
 def _placed(word, data, tmp_path):
