@@ -61,9 +61,10 @@ def class_choices(card: Card) -> list[tuple[str, int]]:
 
 
 def first_class(card: Card) -> int:
-    """The class that is picked when the page opens: one that the picker offers, whatever the model."""
-    names = card.classes.names if card.classes else None
-    return names.index(FIRST_CLASS) if names and FIRST_CLASS in names else class_choices(card)[0][1]
+    """The class that is picked when the page opens: an example of the card, or one that the picker offers."""
+    names = (card.classes.names if card.classes else None) or []
+    known = [name for name in (*card.examples, FIRST_CLASS) if name in names]
+    return names.index(known[0]) if known else class_choices(card)[0][1]
 
 
 def request_of(card: Card, values: Mapping[str, Any], edit: Edit | None = None) -> Request:

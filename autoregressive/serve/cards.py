@@ -27,7 +27,7 @@ class Card:
     name: str
     args: argparse.Namespace
     about: str = ""
-    examples: tuple[str, ...] = ()  # prompts to begin with
+    examples: tuple[str, ...] = ()  # prompts or classes to begin with
     class_names: tuple[str, ...] | None = None  # where no file has them
 
     @property

@@ -36,7 +36,9 @@ def start_browser(downloads: Path, width: int = 1280, height: int = 1000, phone:
         metrics = {"width": width, "height": height, "pixelRatio": 1.0, "touch": True}
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    browser.set_script_timeout(_LONGEST)
+    return browser
 
 
 class Visitor:

@@ -1,6 +1,7 @@
 """What people type becomes a request, or a sentence that says what is wrong."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -94,5 +95,6 @@ def test_the_first_class_is_among_the_names():
 def test_classes_of_other_models(of_classes):
     assert class_choices(of_classes) == [("blue square", 1), ("green star", 2), ("red circle", 0)]
     assert first_class(of_classes) == 1
+    assert first_class(replace(of_classes, examples=("llama", "green star"))) == 2
     nameless = imagenet_card("--num-classes", "3")
     assert class_choices(nameless) == [("class 0", 0), ("class 1", 1), ("class 2", 2)] and first_class(nameless) == 0
