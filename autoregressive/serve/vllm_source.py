@@ -39,6 +39,7 @@ from utils.image import to_uint8
 _ROOT = Path(__file__).resolve().parents[2]
 _COMMAND = Path(__file__).with_name("vllm_worker.py")
 _LAST_SECONDS = 10.0  # for vLLM to end by itself
+_ASKED = 2  # times to tell a process of a picture, should it be gone
 _PREVIEW_SECONDS = 0.5  # between two previews of a picture
 # flags of samplers that vLLM has no counterpart of here
 _LOCAL_FLAGS = (
@@ -70,7 +71,7 @@ class _Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = itertools.count(1)
         self._queues: dict[int, queue.SimpleQueue[Any]] = {}
-        self._alive = False
+        self._alive = self._ended = False
         self.starts = 0
 
     @property
@@ -82,6 +83,8 @@ class _Engine:
         with self._lock:
             if self._alive:
                 return
+            if self._ended:
+                raise WorkerDied("vLLM was ended")
             self._end()
             self._line, theirs = multiprocessing.Pipe()
             command = [self._python, str(_COMMAND), str(theirs.fileno())]
@@ -95,44 +98,56 @@ class _Engine:
             if kind != "ready":
                 self._end()
                 raise ValueError(content)
-            self._alive = True
+            self._alive, self._queues = True, {}
             self.starts += 1
-            threading.Thread(target=self._listen, args=(self._line,), daemon=True).start()
+            threading.Thread(target=self._listen, args=(self._line, self._queues), daemon=True).start()
 
-    def _listen(self, line: Any) -> None:
+    def _listen(self, line: Any, queues: dict[int, queue.SimpleQueue[Any]]) -> None:
         try:
             while True:
                 kind, number, content = line.recv()
-                if (waiting := self._queues.get(number)) is not None:
+                if (waiting := queues.get(number)) is not None:
                     waiting.put((kind, content))
         except (EOFError, OSError):
-            self._alive = False
-            for waiting in list(self._queues.values()):
+            with self._lock:
+                if line is self._line:  # else there is a new process already
+                    self._alive = False
+            for waiting in list(queues.values()):
                 waiting.put(("died", None))
 
     def ask(self, what: dict[str, Any]) -> tuple[int, queue.SimpleQueue[Any]]:
-        """Begin a picture; what vLLM says of it comes into the queue."""
+        """Begin a picture; what vLLM says of it comes into the queue.
+
+        A process that was gone before it heard of the picture is started again: that is not the picture's fault.
+        """
         number, messages = next(self._numbers), queue.SimpleQueue()
-        self._queues[number] = messages
-        self._send(("draw", number, what))
-        return number, messages
+        for _ in range(_ASKED):
+            self.start()
+            with self._lock:
+                self._queues[number] = messages
+                if self._send(("draw", number, what)):
+                    return number, messages
+        raise WorkerDied("vLLM's process is gone")
 
     def forget(self, number: int) -> None:
         """Stop a picture, if it is not ready."""
-        self._queues.pop(number, None)
-        if self._alive:
-            self._send(("stop", number, None))
+        with self._lock:
+            if self._queues.pop(number, None) is not None:
+                self._send(("stop", number, None))
 
-    def _send(self, message: Any) -> None:
-        try:
-            with self._lock:
+    def _send(self, message: Any) -> bool:
+        """Whether the process could be told."""
+        if self._alive:
+            try:
                 self._line.send(message)
-        except OSError as error:
-            raise WorkerDied("vLLM's process is gone") from error
+            except OSError:
+                self._alive = False
+        return self._alive
 
     def kill(self) -> None:
         """End it and the processes that it started, by force if it does not end by itself."""
         with self._lock:
+            self._ended = True
             self._end()
 
     def _end(self) -> None:
