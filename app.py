@@ -23,7 +23,8 @@ from typing import Any
 if not __package__:  # started by file path, from any folder
     sys.path[0] = str(Path(__file__).resolve().parent)
 
-from demo.models import add_model_flags, cards_of, cards_of_server, given_flags
+from autoregressive.serve.cards import given_flags
+from demo.models import add_model_flags, cards_of_server, page_cards
 from utils.args import make_parser
 from utils.errors import run
 
@@ -73,7 +74,7 @@ def _source(server_url: str | None, of_model: dict[str, Any]) -> Any:
         return source
     from autoregressive.serve.batching import local_source
 
-    cards = cards_of(of_model)
+    cards = page_cards(of_model)
     print(f"loading {', '.join(card.name for card in cards)}", flush=True)
     return local_source(cards, workers=0)
 

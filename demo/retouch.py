@@ -14,13 +14,14 @@ from PIL import Image, ImageOps
 from autoregressive.sample.editing import with_rest
 from autoregressive.sample.masks import as_pixels
 from autoregressive.serve.cards import Card
+from autoregressive.serve.parameters import open_picture
 from autoregressive.serve.requests import BadRequest, Edit
 from dataset.augmentation import center_crop_arr
 from demo.board import data_uri
 from utils.image import png_bytes
 
+_MOST_PIXELS = 8000 * 8000  # of an upload: more than telephones make
 CANVAS = 512  # pixels: pictures are painted on at least at this size
-_MOST_PIXELS = 64_000_000
 _TINT, _TINT_SHARE = (20, 184, 166), 0.65
 
 
@@ -32,15 +33,7 @@ def read_upload(path: str | Path | None, edge: int) -> np.ndarray:
     """
     if not path:
         raise BadRequest("No picture has arrived; choose a file again.", "image")
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise BadRequest(f"The picture has {image.width} × {image.height} pixels, which is too large.", "image")
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except BadRequest:
-        raise
-    except Exception as error:  # each decoder has exceptions of its own
-        raise BadRequest("This file is no picture that can be read; take a PNG, JPEG or WebP.", "image") from error
+    upright = ImageOps.exif_transpose(open_picture(Path(path).read_bytes(), "image", _MOST_PIXELS)).convert("RGBA")
     white = Image.new("RGBA", upright.size, "white")
     return np.array(center_crop_arr(Image.alpha_composite(white, upright).convert("RGB"), edge))
 

@@ -13,7 +13,7 @@ from autoregressive.models.text_condition import text_attention_mask
 from autoregressive.sample.editing import encode_images
 from autoregressive.sample.pipeline import decode_codes, load_models
 from autoregressive.sample.text import TextConditions
-from autoregressive.serve.cards import EMOJI, bundled_cards
+from autoregressive.serve.cards import EMOJI, bundled_cards, with_values
 from dataset.augmentation import eval_transform
 from dataset.openmoji import draw_png, list_emojis, split_emojis
 from evaluations.image_quality import psnr
@@ -39,7 +39,7 @@ def held_out():
 @pytest.fixture(scope="module")
 def models():
     """Card, GPT and tokenizer of each kind, and what encodes texts."""
-    of_classes, of_texts = bundled_cards(["--device", "cpu", "--engine", "eager"])
+    of_classes, of_texts = (with_values(card, {"device": "cpu", "engine": "eager"}) for card in bundled_cards())
     text = TextConditions(of_texts.args, CPU)
     return {card.kind: (card, *load_models(card.args, CPU, card.kind)) for card in (of_classes, of_texts)}, text
 

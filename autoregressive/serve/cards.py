@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from utils.args import make_parser
 from utils.files import read_json
 
 EMOJI = Path(__file__).resolve().parents[2] / "pretrained" / "emoji"  # models that come with the project
+SAMPLING = ("cfg_scale", "top_k", "top_p", "temperature")  # what a request can set
+_OF_ANY_MODEL = (
+    *SAMPLING, "cfg_interval", "cfg_start", "cfg_schedule", "cfg_power", "min_p", "temperature_end",
+    "temperature_schedule", "device", "num_threads", "engine", "compile", "quantize", "precision",
+)  # fmt: skip
 _PATHS = ("gpt-ckpt", "vq-ckpt", "class-names")  # flags that name files
+_UNSET: Any = object()
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Card:
     @property
     def sampling(self) -> dict[str, Any]:
         """How it draws unless a request says otherwise."""
-        return {name: getattr(self.args, name) for name in ("cfg_scale", "top_k", "top_p", "temperature")}
+        return {name: getattr(self.args, name) for name in SAMPLING}
 
 
 def card_parser(gpt_type: str = "c2i") -> argparse.ArgumentParser:
@@ -79,10 +85,8 @@ def card_of_args(args: argparse.Namespace) -> Card:
     return Card(f"{args.gpt_model}-{checkpoint_tag(args.gpt_ckpt)}".lower(), args)
 
 
-def read_card(path: str | Path, overrides: Sequence[str] = ()) -> Card:
-    """A card from a JSON file ``{"name", "about", "examples", "flags": {flag: value}}``.
-
-    Files are named relative to it. `overrides` are further flags, such as ``--device cpu``.
+def read_card(path: str | Path) -> Card:
+    """A card from a JSON file ``{"name", "about", "examples", "flags": {flag: value}}``; files are relative to it.
 
     Raises:
         ValueError: a file of another form.
@@ -92,28 +96,52 @@ def read_card(path: str | Path, overrides: Sequence[str] = ()) -> Card:
     if not isinstance(content, dict) or not {"name", "flags"} <= content.keys():
         raise ValueError(f'{path} is not the card of a model: expected {{"name": ..., "flags": {{...}}}}')
     values = {f: str(path.parent / v) if f in _PATHS else str(v) for f, v in content["flags"].items()}
-    gpt_type = values.get("gpt-type", "c2i")
-    args = card_parser(gpt_type).parse_args([*(f"--{flag}={value}" for flag, value in values.items()), *overrides])
+    parser = card_parser(values.get("gpt-type", "c2i"))
+    args = parser.parse_args([f"--{flag}={value}" for flag, value in values.items()])
     return Card(content["name"], args, content.get("about", ""), tuple(content.get("examples", ())))
 
 
-def bundled_cards(overrides: Sequence[str] = ()) -> list[Card]:
+def bundled_cards() -> list[Card]:
     """The models that come with the project: small ones, of emoji, by class and by text."""
-    return [read_card(EMOJI / f"{name}.json", overrides) for name in ("emoji-class", "emoji-text")]
+    return [read_card(EMOJI / f"{name}.json") for name in ("emoji-class", "emoji-text")]
 
 
-def cards_of_flags(flags: Sequence[str], files: Sequence[str] = ()) -> list[Card]:
-    """What a command serves: the models of `files`, or the one that its model flags describe, or the bundled ones.
+def given_flags(flags: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The values of the flags that somebody typed, without the defaults of the others."""
+    names = [action.dest for action in flags._actions if action.default is not None]
+    typed = vars(flags.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _UNSET))))
+    return {name: value for name, value in typed.items() if value is not _UNSET and value is not None}
 
-    `flags` are the words of the command line that describe a model; with files or the bundled models they override
-    what is said there, such as ``--device cpu``.
+
+def cards_of(
+    given: Mapping[str, Any], files: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> list[Card]:
+    """What a command draws with: the model that its flags describe, or those of the card `files`, or the bundled ones.
+
+    `given` are the flags of a model that were typed, by their names; what says how to draw goes for any model.
+    `defaults` take the place of the samplers' for a described one.
+
+    Raises:
+        ValueError: one of the two checkpoints is missing, there are flags of a model and no checkpoint at all, or both
+            a model and files.
     """
-    kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    kind.add_argument("--gpt-type", default="c2i")
-    kind.add_argument("--gpt-ckpt")
-    known, _ = kind.parse_known_args(flags)
-    if files:
-        return [read_card(file, flags) for file in files]
-    if known.gpt_ckpt is None:
-        return bundled_cards(flags)
-    return [card_of_args(card_parser("t2i" if known.gpt_type == "t2i" else "c2i").parse_args(flags))]
+    missing = [name for name in ("vq_ckpt", "gpt_ckpt") if not given.get(name)]
+    if not missing:
+        if files:
+            raise ValueError("give --card, or --vq-ckpt and --gpt-ckpt, not both")
+        args = card_parser(given.get("gpt_type", "c2i")).parse_args([])
+        return [card_of_args(argparse.Namespace(**{**vars(args), **(defaults or {}), **given}))]
+    if len(missing) == 1:
+        raise ValueError(f"--{missing[0].replace('_', '-')} is missing: a model is a tokenizer and a GPT, give both")
+    useless = [name for name in given if name not in _OF_ANY_MODEL]
+    if useless:
+        raise ValueError(
+            f"--{useless[0].replace('_', '-')} describes a model, but there is none: give --vq-ckpt and --gpt-ckpt as "
+            f"well, or no flag of a model for those that come with the project"
+        )
+    return [with_values(card, given) for card in (map(read_card, files) if files else bundled_cards())]
+
+
+def with_values(card: Card, values: Mapping[str, Any]) -> Card:
+    """The card with other values of some flags."""
+    return replace(card, args=argparse.Namespace(**{**vars(card.args), **values}))

@@ -224,8 +224,8 @@ def edit_of(image: bytes, mask: bytes | None, card: Card) -> Edit:
     Raises:
         BadRequest: files that are no pictures, of different sizes, or without transparency.
     """
-    picture = _open(image, "image")
-    source, name = (picture, "image") if mask is None else (_open(mask, "mask"), "mask")
+    picture = open_picture(image, "image")
+    source, name = (picture, "image") if mask is None else (open_picture(mask, "mask"), "mask")
     if source.size != picture.size:
         raise BadRequest(f"the mask is {_size(source)} pixels, but the image {_size(picture)}", "mask")
     if "A" not in source.getbands() and "transparency" not in source.info:
@@ -242,12 +242,18 @@ def _size(picture: Image.Image) -> str:
     return f"{picture.width} x {picture.height}"
 
 
-def _open(content: bytes, name: str) -> Image.Image:
+def open_picture(content: bytes, name: str, most_pixels: int = _MOST_PIXELS) -> Image.Image:
+    """Somebody's picture, decoded; only harmless formats are tried.
+
+    Raises:
+        BadRequest: it is none, broken or too large.
+    """
     try:
         picture = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if picture.width * picture.height <= _MOST_PIXELS:
+        if picture.width * picture.height <= most_pixels:
             picture.load()
             return picture
     except Exception:  # each decoder has exceptions of its own
-        raise BadRequest(f"{name} is no picture that can be read ({', '.join(_FORMATS)})", name) from None
-    raise BadRequest(f"{name} is {_size(picture)} pixels; at most 4096 x 4096 are read", name)
+        raise BadRequest(f"the {name} is no picture that can be read ({', '.join(_FORMATS)})", name) from None
+    edge = math.isqrt(most_pixels)
+    raise BadRequest(f"the {name} is too large: {_size(picture)} pixels; at most {edge} x {edge} are read", name)

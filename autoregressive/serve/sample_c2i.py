@@ -27,6 +27,7 @@ from autoregressive.build import add_gpt_args, latent_grid, load_gpt, require_nu
 from autoregressive.engine.build import make_engine
 from autoregressive.models.generate import generate
 from autoregressive.sample.pipeline import decode_codes, image_generators
+from autoregressive.sample.sample_c2i import IMAGENET_LABELS
 from autoregressive.serve.export import export_checkpoint
 from autoregressive.serve.exported import check_sampling
 from autoregressive.serve.vllm_engine import vllm_installed
@@ -38,9 +39,6 @@ from utils.image import make_grid_image, save_png
 from utils.precision import DTYPES, allow_tf32
 from utils.progress import progress
 
-# golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox
-LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
-
 
 def parser() -> argparse.ArgumentParser:
     """All flags of this command."""
@@ -50,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--from-fsdp", action="store_true", help="accepted, not needed: formats are recognised")
     flags.add_argument("--compile", action="store_true", help="accepted, without effect: vLLM compiles as it sees fit")
     group = flags.add_argument_group("sampling")
-    group.add_argument("--class-labels", type=int, nargs="+", default=LABELS, help="class ids")
+    group.add_argument("--class-labels", type=int, nargs="+", default=list(map(int, IMAGENET_LABELS)), help="class ids")
     group.add_argument("--cfg-scale", type=float, default=4.0, help="guidance scale; 1 and less is no guidance")
     group.add_argument("--top-k", type=int, default=2000, help="draw from the k likeliest codes; 0: all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this mass; 1: all")

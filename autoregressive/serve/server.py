@@ -30,7 +30,7 @@ import uvicorn
 
 from autoregressive.serve.api import Api, Limits
 from autoregressive.serve.batching import local_source
-from autoregressive.serve.cards import Card, add_card_args, cards_of_flags
+from autoregressive.serve.cards import Card, add_card_args, card_parser, cards_of, given_flags
 from autoregressive.serve.metrics import Backend
 from autoregressive.serve.requests import KEY_VARIABLE
 from autoregressive.serve.slow_clients import ImpatientProtocol
@@ -189,13 +189,21 @@ def backend_of(args: argparse.Namespace, cards: Sequence[Card]) -> Backend:
     return local_source(cards, workers=args.workers, max_batch_size=args.max_batch_size)
 
 
+def _kind_of(words: Sequence[str]) -> str:
+    """What --gpt-type says among other flags: it decides the defaults of some of them."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--gpt-type", default="c2i")
+    return "t2i" if flags.parse_known_args(words)[0].gpt_type == "t2i" else "c2i"
+
+
 def main(words: Sequence[str]) -> None:
     """Load the models and serve them."""
     args, model_flags = server_parser().parse_known_args(words)
+    kind = _kind_of(model_flags)
     if {"-h", "--help"} & set(model_flags):
-        parser("t2i" if "t2i" in " ".join(model_flags) else "c2i").parse_args(["--help"])
+        parser(kind).parse_args(["--help"])
     limits = limits_of(args)
-    cards = cards_of_flags(model_flags, args.card)
+    cards = cards_of(given_flags(card_parser(kind), model_flags), args.card)
     log = create_logger(None)
     log.info("loading %s", ", ".join(card.name for card in cards))
     backend = backend_of(args, cards)

@@ -3,7 +3,7 @@
 engine = VLLMEngine(folder)                          # takes seconds; the work is done in a process of vLLM's
 async for codes in engine.draw_codes(207, seed=0):   # the codes so far; the last ones are the whole image
     ...
-engine.shutdown()
+await engine.shutdown()
 """
 
 from __future__ import annotations

@@ -37,17 +37,14 @@ def main(socket: int) -> None:
     except USER_ERRORS as error:
         line.send(("refused", 0, str(error)))
         return
-    try:
-        line.send(("ready", 0, None))
-        asyncio.run(_serve(engine, line))
-    finally:
-        engine.shutdown(timeout=0)
+    line.send(("ready", 0, None))
+    asyncio.run(_serve(engine, line))
 
 
 async def _serve(engine: VLLMEngine, line: Connection) -> None:
     """Until the server is gone or the engine is."""
     tasks: dict[int, asyncio.Task[None]] = {}
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while engine.alive:
             kind, number, content = await asyncio.to_thread(line.recv)
             if kind == "quit":
@@ -57,8 +54,12 @@ async def _serve(engine: VLLMEngine, line: Connection) -> None:
                 task.add_done_callback(lambda _, number=number: tasks.pop(number, None))
             elif number in tasks:
                 tasks[number].cancel()
-    for task in list(tasks.values()):
-        task.cancel()
+    except (EOFError, OSError):
+        pass  # the server is gone
+    finally:
+        for task in list(tasks.values()):
+            task.cancel()
+        await engine.shutdown(timeout=0)
 
 
 async def _draw(engine: VLLMEngine, line: Connection, number: int, what: dict[str, Any]) -> None:

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 import app
-from autoregressive.serve.cards import Card
-from demo import models
+from autoregressive.serve import cards as cards_module
+from autoregressive.serve.cards import Card, given_flags
 from demo.asking import start_of
-from demo.models import cards_of, cards_of_server, given_flags
+from demo.models import cards_of_server, page_cards
 from tests.commands.shell import ROOT, environment
 
 ESTABLISHED = (
@@ -26,7 +26,7 @@ def given(*flags):
 
 def test_every_established_flag_is_accepted_and_reaches_the_model():
     values = given(*ESTABLISHED.split(), *FILES)
-    (card,) = cards_of({name: value for name, value in values.items() if name != "seed"})
+    (card,) = page_cards({name: value for name, value in values.items() if name != "seed"})
     args, start = card.args, start_of(card, values["seed"])
     assert (args.gpt_model, args.vq_model, args.downsample_size, args.precision) == ("GPT-B", "VQ-8", 8, "bf16")
     assert args.compile and args.from_fsdp and args.cfg_interval == 10
@@ -34,14 +34,14 @@ def test_every_established_flag_is_accepted_and_reaches_the_model():
 
 
 def test_established_defaults():
-    (card,) = cards_of(given(*FILES))
+    (card,) = page_cards(given(*FILES))
     args = card.args
     assert (args.gpt_model, args.vq_model, args.image_size, args.num_classes) == ("GPT-XL", "VQ-16", 384, 1000)
     assert (args.cls_token_num, args.downsample_size, args.codebook_embed_dim) == (1, 16, 8)
     assert card.sampling == {"cfg_scale": 4.0, "top_k": 4000, "top_p": 1.0, "temperature": 1.0}
-    assert cards_of(given(*FILES, "--gpt-model", "GPT-B"))[0].edge == 256
-    assert cards_of(given(*FILES, "--gpt-model", "GPT-B", "--image-size", "384"))[0].edge == 384
-    (of_texts,) = cards_of(given(*FILES, "--gpt-type", "t2i"))
+    assert page_cards(given(*FILES, "--gpt-model", "GPT-B"))[0].edge == 256
+    assert page_cards(given(*FILES, "--gpt-model", "GPT-B", "--image-size", "384"))[0].edge == 384
+    (of_texts,) = page_cards(given(*FILES, "--gpt-type", "t2i"))
     assert of_texts.kind == "t2i" and of_texts.args.cls_token_num == 120
 
 
@@ -51,8 +51,8 @@ def test_only_typed_flags_are_given():
 
 
 def test_the_bundled_models_take_flags_of_any_model(cards, monkeypatch):
-    monkeypatch.setattr(models, "bundled_cards", lambda: cards)
-    drawn_with = cards_of(given("--top-k", "3", "--device", "cpu"))
+    monkeypatch.setattr(cards_module, "bundled_cards", lambda: cards)
+    drawn_with = page_cards(given("--top-k", "3", "--device", "cpu"))
     assert [card.name for card in drawn_with] == ["tiny-class", "tiny-text"]
     assert all(isinstance(card, Card) and card.sampling["top_k"] == 3 for card in drawn_with)
     assert drawn_with[0].sampling["cfg_scale"] == 2.0 and cards[0].sampling["top_k"] == 0
@@ -69,7 +69,7 @@ def test_the_bundled_models_take_flags_of_any_model(cards, monkeypatch):
 )
 def test_half_a_model(flags, message):
     with pytest.raises(ValueError, match=message):
-        cards_of(given(*flags))
+        page_cards(given(*flags))
 
 
 def test_a_server_has_its_own_models(of_classes):
