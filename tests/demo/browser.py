@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -22,6 +26,23 @@ from selenium.webdriver.support.wait import WebDriverWait
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 _LONGEST = 120  # seconds that anything may take on a busy machine
+# What is met on a page that changes at that moment: a look a little later finds it settled.
+_CHANGING = (
+    StaleElementReferenceException,
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    IndexError,
+    StopIteration,
+)
+# Remembers that a drawing began: the line of the drawing before it says "done" until then.
+_WATCH = """
+window.drawingBegan = false
+new MutationObserver((_, observer) => {
+    if (!document.querySelector(".note[data-state=drawing]")) return
+    window.drawingBegan = true
+    observer.disconnect()
+}).observe(document.body, {childList: true, subtree: true, attributes: true})
+"""
 
 
 def start_browser(downloads: Path, width: int = 1280, height: int = 1000, phone: bool = False) -> webdriver.Chrome:
@@ -57,79 +78,110 @@ class Visitor:
         """Choose the tab whose name begins so."""
         selector = "button[role=tab]"
 
-        def found() -> list[WebElement]:
+        def choose() -> bool:
             for more in self.all(".overflow-menu > button"):  # on narrow screens
                 if not self.all(".overflow-dropdown"):
                     more.click()
             tabs = self.all(f"{selector}, .overflow-dropdown button")
-            return [one for one in tabs if one.text.startswith(tab)]
+            next(one for one in tabs if one.text.startswith(tab)).click()
+            return True
 
-        self.until(found, f"tab {tab}")[0].click()
+        self.until(choose, f"tab {tab}")
         chosen = f'{selector}[aria-selected="true"]'
         self.until(lambda: self.all(chosen)[0].text.startswith(tab), f"{tab} is chosen")
         self.until(lambda: self.button("Generate"), f"{tab} is there")
         return self
 
     def until(self, check: Callable[[], Any], what: str) -> Any:
-        """Wait until `check` gives something, and return it."""
-        wait = WebDriverWait(
-            self.browser, _LONGEST, 0.1, ignored_exceptions=[StaleElementReferenceException, IndexError]
-        )
+        """Wait until `check` gives something, and return it; a page that changes under it is looked at again."""
+        wait = WebDriverWait(self.browser, _LONGEST, 0.1, ignored_exceptions=_CHANGING)
         return wait.until(lambda _: check(), what)
+
+    def steady(self, look: Callable[[], Any]) -> Any:
+        """What `look` gives, be it nothing, of a page that did not change under it."""
+        return self.until(lambda: [look()], "the page holds still")[0]
 
     def all(self, selector: str) -> list[WebElement]:
         """What is seen on the page of a CSS selector."""
-        return [found for found in self.browser.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
+        found = lambda: self.browser.find_elements(By.CSS_SELECTOR, selector)  # noqa: E731
+        return self.steady(lambda: [one for one in found() if one.is_displayed()])
+
+    def texts(self, selector: str) -> list[str]:
+        """The words of what is seen of a CSS selector."""
+        return self.steady(lambda: [one.text.strip() for one in self.all(selector)])
 
     def button(self, words: str) -> WebElement | None:
         """The button with these words."""
-        return next((one for one in self.all("button") if one.text == words), None)
+        return self.steady(lambda: next((one for one in self.all("button") if one.text == words), None))
 
     def press(self, words: str) -> None:
         """Press a button, as soon as it can be pressed."""
-        self.until(lambda: self.button(words) and self.button(words).is_enabled(), f"{words} can be pressed")
-        self.button(words).click()
+
+        def pressed() -> bool:
+            button = self.button(words)
+            if button is None or not button.is_enabled():
+                return False
+            button.click()
+            return True
+
+        self.until(pressed, f"{words} can be pressed")
+
+    def click(self, selector: str, words: str = "", place: int = 0) -> None:
+        """Click what is seen of a CSS selector with words that end so, as soon as it is there."""
+
+        def clicked() -> bool:
+            [one for one in self.all(selector) if one.text.strip().endswith(words)][place].click()
+            return True
+
+        self.until(clicked, f"{selector} {words} can be clicked")
 
     def write(self, label: str, text: str, end: str = "") -> None:
         """Write into a box in the place of what is in it; `end` is a last key."""
-        box = self.until(lambda: self._box(label), f"a box {label}")
-        box.click()
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text or Keys.DELETE)
-        if end:
-            box.send_keys(end)
 
-    def _box(self, label: str) -> WebElement | None:
-        for one in self.all("input, textarea"):
-            name = one.get_attribute("aria-label") or one.accessible_name
-            if name and name.startswith(label):
-                return one
-        return None
+        def written() -> bool:
+            box = self._box(label)
+            box.click()
+            box.send_keys(Keys.CONTROL, "a")
+            box.send_keys(text or Keys.DELETE)
+            if end:
+                box.send_keys(end)
+            return True
+
+        self.until(written, f"a box {label}")
+
+    def value(self, label: str) -> str:
+        """What is in a box."""
+        return self.steady(lambda: self._box(label).get_attribute("value"))
+
+    def _box(self, label: str) -> WebElement:
+        named = lambda one: one.get_attribute("aria-label") or one.accessible_name or ""  # noqa: E731
+        return next(one for one in self.all("input, textarea") if named(one).startswith(label))
 
     def pick_class(self, part: str, name: str) -> None:
         """Find a class by a part of its name."""
         self.write("Class", part)
-        option = lambda: [one for one in self.all("[role=option]") if one.text.strip().endswith(name)]  # noqa: E731
-        self.until(option, f"{name} is offered")[0].click()
-        self.until(lambda: self._box("Class").get_attribute("value") == name, f"{name} is picked")
+        self.click("[role=option]", name)
+        self.until(lambda: self.value("Class") == name, f"{name} is picked")
 
     @property
-    def note(self) -> WebElement:
+    def note(self) -> str:
         """The line above the pictures."""
-        return self.all(".note")[0]
+        return self.texts(".note")[0]
 
     def wait_for(self, state: str) -> str:
         """Wait until the line is of this state; returns its words."""
 
         def reached() -> str | None:
-            return self.note.text if self.note.get_attribute("data-state") == state else None
+            note = self.all(".note")[0]
+            return note.text if note.get_attribute("data-state") == state else None
 
         return self.until(reached, f"the note is {state}")
 
     def generate(self) -> list[np.ndarray]:
         """Press Generate and return the finished pictures."""
+        self.browser.execute_script(_WATCH)
         self.press("Generate")
-        self.until(lambda: self.button("Cancel").is_enabled() or self.all(".again"), "it draws")
+        self.until(lambda: self.browser.execute_script("return window.drawingBegan"), "it draws")
         self.wait_for("done")
         return self.pictures()
 
@@ -139,12 +191,28 @@ class Visitor:
 
     def files(self) -> list[Image.Image]:
         """The same with what is noted in them."""
-        self.until(lambda: self.all(".board .tile"), "there are pictures")
-        return [_file(image) for image in self.all(".board .picture")]
+
+        def finished() -> list[Image.Image] | None:
+            tiles = self.all(".board .tile")
+            if any(tile.get_attribute("data-state") != "finished" for tile in tiles):
+                return None
+            return [_file(image) for image in self.all(".board .picture")]
+
+        return self.until(finished, "there are pictures")
 
     def paint(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Draw a line over the picture in the editor, between places as shares of the canvas, (0, 0) its centre."""
-        canvas = self.until(lambda: self.all(".paint canvas"), "a canvas")[0]
+        """Draw a line over the picture in the editor, between places as shares of the canvas, (0, 0) its centre.
+
+        A picture that has just been chosen may not be in the editor yet: the line is drawn until cells are marked.
+        """
+
+        def marked() -> list[WebElement]:
+            self._draw(self.all(".paint canvas")[0], start, end)
+            return self.all(".marked")
+
+        self.until(marked, "cells are marked")
+
+    def _draw(self, canvas: WebElement, start: tuple[float, float], end: tuple[float, float]) -> None:
         self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
         width, height = canvas.size["width"], canvas.size["height"]
         way = ((end[0] - start[0]) * width, (end[1] - start[1]) * height)
@@ -153,6 +221,10 @@ class Visitor:
         for _ in range(4):
             brush.move_by_offset(round(way[0] / 4), round(way[1] / 4))
         brush.release().perform()
+
+    def marked_cells(self) -> int:
+        """How many cells the page says it would draw anew."""
+        return self.steady(lambda: int(self.all(".marked")[0].get_attribute("data-cells")))
 
     def errors(self) -> list[str]:
         """What the browser's console calls severe, since the last call."""

@@ -121,14 +121,14 @@ def expected(card_files):
 def test_generate(visitor, expected):
     drawn = visitor.open().generate()
     assert np.array_equal(drawn, expected("tiny-class", 1, AS_CLASS, range(SEED, SEED + 4)))
-    assert visitor.note.text.startswith("4 pictures in ")
-    header = visitor.all("#header")[0].text
+    assert visitor.note.startswith("4 pictures in ")
+    header = visitor.texts("#header")[0]
     assert "tiny-class" in header and "GPT-XS" in header and "cpu, eager" in header and "16 × 16 pixels" in header
 
 
 def test_a_class_is_found_by_a_part_of_its_name(visitor, expected):
     visitor.open().write("Class", "st")
-    visitor.until(lambda: [one.text.strip() for one in visitor.all("[role=option]")] == ["green star"], "one is left")
+    visitor.until(lambda: visitor.texts("[role=option]") == ["green star"], "one is left")
     visitor.pick_class("circ", "red circle")
     visitor.write("number input for Number of images", "2")
     visitor.write("Seed", "7")
@@ -145,7 +145,7 @@ def test_enter_in_the_seed_draws_and_a_random_seed_is_another_one(visitor, expec
     visitor.wait_for("done")
     assert np.array_equal(visitor.pictures()[0], expected("tiny-class", 1, AS_CLASS, [5])[0])
     visitor.press("Random seed")
-    seed = int(visitor.until(lambda: (s := visitor._box("Seed").get_attribute("value")) != "5" and s, "a new seed"))
+    seed = int(visitor.until(lambda: (s := visitor.value("Seed")) != "5" and s, "a new seed"))
     assert np.array_equal(visitor.generate()[0], expected("tiny-class", 1, AS_CLASS, [seed])[0])
 
 
@@ -171,10 +171,7 @@ def test_too_many_pictures(visitor):
     visitor.open().write("number input for Number of images", "99")
     visitor.press("Generate")
     outcome = visitor.until(
-        lambda: (
-            [toast.text for toast in visitor.all(".toast-body")]
-            or len(visitor.all(".board [data-state=finished]")) > 15
-        ),
+        lambda: visitor.texts(".toast-body") or len(visitor.all(".board [data-state=finished]")) > 15,
         "told, or so many as there may be",
     )
     assert outcome is True or "16" in outcome[0]
@@ -201,19 +198,19 @@ def test_two_people_at_once(visitor, url, expected, tmp_path):
 def start_slow(visitor):
     visitor.open("Classes · slow-class").write("number input for Number of images", "4")
     visitor.press("Generate")
-    return visitor.until(lambda: "left" in visitor.note.text and visitor.note.text, "it says how long")
+    return visitor.until(lambda: "left" in (words := visitor.note) and words, "it says how long")
 
 
 def test_progress_and_cancel(visitor, expected):
     words = start_slow(visitor)
     assert " of 16,384 codes, " in words and visitor.all("progress[aria-label='Codes drawn']")
-    first = visitor.until(lambda: visitor.all(".board .picture"), "a preview")[0]
-    preview = shown(first)
+    first = lambda: shown(visitor.all(".board .picture")[0])  # noqa: E731
+    preview = visitor.steady(first)
     assert preview.shape == (256, 256, 3) and len(visitor.all(".board .tile")) == 4
-    visitor.until(lambda: not np.array_equal(shown(visitor.all(".board .picture")[0]), preview), "it goes on")
+    visitor.until(lambda: not np.array_equal(first(), preview), "it goes on")
     visitor.press("Cancel")
     assert visitor.wait_for("stopped").startswith("Stopped")
-    assert visitor.button("Generate").is_enabled() and visitor.all(".board .picture")
+    assert visitor.steady(lambda: visitor.button("Generate").is_enabled()) and visitor.all(".board .picture")
     # the models are free again: the slow request would have kept them for minutes
     drawn = visitor.go_to("Classes · tiny-class").generate()
     assert np.array_equal(drawn, expected("tiny-class", 1, AS_CLASS, range(SEED, SEED + 4)))
@@ -232,14 +229,14 @@ def test_a_closed_tab_stops_the_drawing(visitor, url, expected, tmp_path):
 def test_saved_files_hold_their_settings(visitor, downloads, expected):
     visitor.open().pick_class("green", "green star")
     visitor.generate()
-    visitor.all("a.save")[1].click()
+    visitor.click("a.save", place=1)
     file = downloads / "tiny-class-green-star-43.png"
     visitor.until(file.exists, "the file is saved")
     picture = Image.open(file)
     assert np.array_equal(np.array(picture), expected("tiny-class", 2, AS_CLASS, [43])[0])
     assert picture.text["class_name"] == "green star" and picture.text["seed"] == "43"
     assert json.loads(picture.text["settings"]) == vars(AS_CLASS)
-    visitor.all("a.save.all")[0].click()
+    visitor.click("a.save.all")
     visitor.until((downloads / "tiny-class-green-star.zip").exists, "all are saved")
     with zipfile.ZipFile(downloads / "tiny-class-green-star.zip") as archive:
         assert len(archive.namelist()) == 4 and archive.read(file.name) == file.read_bytes()
@@ -247,8 +244,8 @@ def test_saved_files_hold_their_settings(visitor, downloads, expected):
 
 def test_the_line_on_the_page_draws_the_same_pictures(visitor, tmp_path):
     drawn = visitor.open().generate()
-    visitor.all(".again summary")[0].click()
-    line = visitor.until(lambda: visitor.all(".again pre")[0].text, "the line")
+    visitor.click(".again summary")
+    line = visitor.until(lambda: visitor.texts(".again pre")[0], "the line")
     args = sample_c2i.parser().parse_args([*shlex.split(line)[2:], "--output-dir", str(tmp_path)])
     sample_c2i.main(args)
     assert np.array_equal([np.array(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))], drawn)
@@ -268,18 +265,15 @@ def test_editing_a_drawn_picture(visitor, expected):
     visitor.go_to("Edit").press("Generate")
     assert "Choose a picture first" in visitor.wait_for("failed")
     visitor.until(lambda: len(visitor.all(".kept .thumbnail-item")) == 4, "drawn pictures are offered")
-    visitor.all(".kept .thumbnail-item")[1].click()
-    visitor.until(lambda: visitor.button("Generate").click() or "Nothing is painted" in visitor.note.text, "no paint")
+    visitor.click(".kept .thumbnail-item", place=1)
+    visitor.until(lambda: visitor.press("Generate") or "Nothing is painted" in visitor.note, "no paint")
     visitor.paint((-0.15, 0.25), (0.15, 0.25))
-    marked = visitor.until(lambda: visitor.all(".marked"), "cells are shown")[0]
-    count = int(marked.get_attribute("data-cells"))
     visitor.generate()
+    count = visitor.marked_cells()
     cells = edited(expected, visitor, drawn[1], "tiny-class", 1, AS_CLASS)
     assert len(cells) == count and min(cells) >= 8  # the lower half was painted
-    visitor.all("input[type=checkbox]")[0].click()
-    visitor.until(
-        lambda: int(visitor.all(".marked")[0].get_attribute("data-cells")) == 16 - min(cells), "all that follow"
-    )
+    visitor.click("input[type=checkbox]")
+    visitor.until(lambda: visitor.marked_cells() == 16 - min(cells), "all that follow")
 
 
 def test_editing_an_uploaded_picture_by_a_text(visitor, expected, tmp_path):
@@ -289,17 +283,12 @@ def test_editing_an_uploaded_picture_by_a_text(visitor, expected, tmp_path):
     visitor.open("Edit")
     upload = "input[data-testid='Upload a picture-upload-button']"
     visitor.browser.find_element(By.CSS_SELECTOR, upload).send_keys(str(broken))
-    visitor.until(lambda: "no picture that can be read" in visitor.all(".toast-body")[0].text, "it is told")
+    visitor.until(lambda: "no picture that can be read" in visitor.texts(".toast-body")[0], "it is told")
     visitor.browser.find_element(By.CSS_SELECTOR, upload).send_keys(str(tmp_path / "red.png"))
-    next(one for one in visitor.all("label") if one.text.strip() == "tiny-text").click()
+    visitor.click("label", "tiny-text")
     visitor.write("Prompt", "a red cat")
-
-    def painted():  # once the picture has arrived
-        visitor.paint((-0.1, -0.1), (0.1, 0.1))
-        return visitor.all(".marked")
-
-    marked = visitor.until(painted, "cells are shown")[0]
-    assert shown(marked.find_element(By.TAG_NAME, "img"))[2, 2].tolist() == [200, 30, 30]
+    visitor.paint((-0.1, -0.1), (0.1, 0.1))
+    assert visitor.steady(lambda: shown(visitor.all(".marked img")[0]))[2, 2].tolist() == [200, 30, 30]
     visitor.generate()
     edited(expected, visitor, np.full((16, 16, 3), (200, 30, 30), np.uint8), "tiny-text", "a red cat", AS_TEXT)
 
@@ -312,14 +301,14 @@ def test_on_a_server(browser, card_files, expected):
         page_of("--server-url", address) as url,
     ):
         visitor = Visitor(browser, url).open()
-        assert address in visitor.all("#header")[0].text
+        assert address in visitor.texts("#header")[0]
         drawn = visitor.generate()
         assert np.array_equal(drawn, expected("tiny-class", 1, AS_CLASS, range(SEED, SEED + 4)))
         visitor.write("number input for Number of images", "6")
         visitor.press("Generate")
         assert "5" in visitor.wait_for("failed")
-        visitor.go_to("Edit").all(".kept .thumbnail-item")[0].click()
-        visitor.until(lambda: visitor.paint((0, 0.2), (0.1, 0.2)) or visitor.all(".marked"), "cells are shown")
+        visitor.go_to("Edit").click(".kept .thumbnail-item")
+        visitor.paint((0, 0.2), (0.1, 0.2))
         visitor.generate()
         edited(expected, visitor, drawn[0], "tiny-class", 1, AS_CLASS)
         assert visitor.errors() == []
@@ -346,7 +335,7 @@ def test_every_control_has_a_name_for_those_who_cannot_see_it(visitor):
     assert visitor.nameless() == []
     assert visitor.go_to("Text").nameless() == []
     assert visitor.go_to("Edit").nameless() == []
-    assert all(image.get_attribute("alt") for image in visitor.all("img.picture"))
+    assert visitor.steady(lambda: all(image.get_attribute("alt") for image in visitor.all("img.picture")))
 
 
 def test_the_page_asks_nobody_else_for_anything(visitor):
