@@ -16,10 +16,11 @@ from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import LARGEST_SEED, BadRequest, Failed, Request, Source
 from demo.asking import LONGEST_PROMPT, MOST_PICTURES, Start, class_choices, first_class, start_of
 from demo.board import Board, again_html, board_html, note_html, status_html
-from demo.watching import boards
+from demo.watching import Stop, boards
 
 _log = logging.getLogger("llamagen.demo")
 _MOST_KEPT = 24
+_STOPPED = "Stopped. What was drawn so far stays here."
 _QUICK = {"show_progress": "hidden", "queue": False}
 
 Kept = list[np.ndarray]  # pictures of a session, newest first
@@ -155,25 +156,39 @@ def connect(
     `ask` raises BadRequest for values that make none.
     """
 
-    async def on_draw(kept: Kept, *values: Any) -> AsyncIterator[list[Any]]:
-        async for update in drawing(source, kept, lambda: ask(*values)):
+    stop = gr.State(Stop())  # a copy for each session, the same object in both functions
+
+    async def on_draw(stop: Stop, kept: Kept, *values: Any) -> AsyncIterator[list[Any]]:
+        async for update in drawing(source, kept, lambda: ask(*values), stop):
             yield update
 
-    started = gr.on(
-        [results.draw.click, *(box.submit for box in submits)], on_draw, [results.gallery.kept, *inputs], results.all,
-        show_progress="hidden", concurrency_limit=None, trigger_mode="once",
+    gr.on(
+        [results.draw.click, *(box.submit for box in submits)], on_draw, [stop, results.gallery.kept, *inputs],
+        results.all, show_progress="hidden", concurrency_limit=None, trigger_mode="once",
     )  # fmt: skip
-    results.stop.click(_stopped, None, [results.draw, results.stop, results.status], cancels=[started], **_QUICK)
+    results.stop.click(_ask_to_stop, stop, None, **_QUICK)
 
 
-async def drawing(source: Source, kept: Kept, ask: Callable[[], tuple[Request, Card]]) -> AsyncIterator[list[Any]]:
+def _ask_to_stop(stop: Stop) -> None:
+    # The drawing itself says that it has stopped. Gradio's `cancels` has two streams of updates: one on its way
+    # when the button is pressed may come last, and the page would say for ever that it draws.
+    stop.asked = True
+
+
+async def drawing(
+    source: Source, kept: Kept, ask: Callable[[], tuple[Request, Card]], stop: Stop
+) -> AsyncIterator[list[Any]]:
     """Updates of `Results.all` from the press of the button to the last picture. A mistake is told, not raised."""
+    stop.asked = False
     try:
         request, card = ask()
-        async for board in boards(source, request, card):
+        async for board in boards(source, request, card, stop):
             if not board.finished:
                 yield [*_busy(), status_html(board), board_html(board), "", gr.skip(), gr.skip()]
-        yield [*_idle(), status_html(board), board_html(board), again_html(board), *_with_new(kept, board)]
+        if board.finished:
+            yield [*_idle(), status_html(board), board_html(board), again_html(board), *_with_new(kept, board)]
+        else:
+            yield [*_idle(), note_html(_STOPPED, "stopped"), board_html(board), "", gr.skip(), gr.skip()]
     except (BadRequest, Failed) as error:
         yield told(str(error))
     except Exception:
@@ -191,10 +206,6 @@ def told(message: str) -> list[Any]:
     """Updates of `Results.all` that say what was wrong, and leave earlier pictures where they are."""
     gr.Warning(escape(message))
     return [*_idle(), note_html(message, "failed"), gr.skip(), gr.skip(), gr.skip(), gr.skip()]
-
-
-def _stopped() -> list[Any]:
-    return [*_idle(), note_html("Stopped. What was drawn so far stays here.", "stopped")]
 
 
 def _idle() -> list[Any]:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import Event, Request, Source
@@ -15,8 +16,15 @@ _SECONDS_BETWEEN_BOARDS = 0.12
 _SECONDS_OF_SILENCE = 1.0  # then a board comes though nothing is new: writing to a closed tab shows that it is closed
 
 
-async def boards(source: Source, request: Request, card: Card) -> AsyncIterator[Board]:
-    """The same board again and again, as it fills. Closing the iterator gives the request up.
+@dataclass
+class Stop:
+    """Whether the person who watches has asked for an end."""
+
+    asked: bool = False
+
+
+async def boards(source: Source, request: Request, card: Card, stop: Stop) -> AsyncIterator[Board]:
+    """The same board again and again, as it fills. Closing the iterator gives the request up, as does `stop`.
 
     Raises:
         BadRequest, Failed: as the source does.
@@ -35,6 +43,8 @@ async def boards(source: Source, request: Request, card: Card) -> AsyncIterator[
             if ended:
                 drawing.result()
                 yield board
+                return
+            if stop.asked:
                 return
             if silent == 0 or silent >= _SECONDS_OF_SILENCE:
                 silent = 0.0

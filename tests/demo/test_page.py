@@ -10,6 +10,7 @@ from autoregressive.serve.requests import BadRequest, Request, Sampling
 from demo import parts
 from demo.page import build_page, page_options
 from demo.parts import drawing
+from demo.watching import Stop
 from tests.demo.fakes import FakeSource
 
 PLAIN = Sampling(2.0, 0, 1.0, 1.0)
@@ -17,9 +18,10 @@ CONTROLS = (gr.Slider, gr.Textbox, gr.Dropdown, gr.Radio, gr.Checkbox, gr.ImageE
 SHOWN = ("draw", "stop", "status", "board", "again", "kept", "gallery")
 
 
-def updates(source, ask, kept=()):
+def updates(source, ask, kept=(), stop=None):
     async def press():
-        return [dict(zip(SHOWN, update, strict=True)) async for update in drawing(source, list(kept), ask)]
+        shown = drawing(source, list(kept), ask, stop or Stop())
+        return [dict(zip(SHOWN, update, strict=True)) async for update in shown]
 
     return asyncio.run(press())
 
@@ -69,6 +71,24 @@ def test_from_the_button_to_the_pictures(cards):
     assert last["draw"]["interactive"] and not last["stop"]["interactive"] and 'data-state="done"' in last["status"]
     assert last["board"].count("Save PNG") == 2 and "sample_c2i.py" in last["again"]
     assert len(last["kept"]) == 3 and np.array_equal(last["kept"][1], source.picture(request, 1))
+
+
+def test_a_stopped_drawing_says_so_last_and_the_next_one_begins(cards):
+    stop = Stop()
+
+    class Impatient(FakeSource):
+        async def draw(self, request):
+            async for event in super().draw(request):
+                stop.asked = event.number == 1
+                yield event
+
+    source, request = Impatient(cards, wait=0.05), Request("tiny-class", 2, PLAIN, n=2)
+    shown = updates(source, lambda: (request, cards[0]), stop=stop)
+    last = shown[-1]
+    assert all('data-state="drawing"' in one["status"] for one in shown[:-1]) and source.closed == 1
+    assert 'data-state="stopped"' in last["status"] and last["draw"]["interactive"] and not last["stop"]["interactive"]
+    assert last["board"].count("Save PNG") == 1 and last["kept"] == gr.skip()
+    assert 'data-state="done"' in updates(FakeSource(cards), lambda: (request, cards[0]), stop=stop)[-1]["status"]
 
 
 def test_only_so_many_pictures_are_kept(cards):
