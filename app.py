@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -47,11 +48,12 @@ def parser() -> argparse.ArgumentParser:
 def main(given: dict[str, Any]) -> None:
     """Load the models or find the server, and serve the page until Ctrl-C."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
-    from demo.page import build_page, page_options  # here, as Gradio takes seconds to import
+    from demo.page import build_page, is_no_leaver, page_options  # here, as Gradio takes seconds to import
 
     of_model = {name: value for name, value in given.items() if name not in _PAGE}
     with contextlib.closing(_source(given.get("server_url"), of_model)) as source:
         page = build_page(source, given.get("seed"))
+        logging.getLogger("uvicorn.error").addFilter(is_no_leaver)
         page.queue(default_concurrency_limit=None, max_size=256)
         _, address, public = page.launch(
             server_name=given.get("host", "127.0.0.1"),

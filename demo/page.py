@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.requests import ClientDisconnect
 
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import Request, Source
@@ -54,6 +56,11 @@ def page_options() -> dict[str, Any]:
     wanted = {"footer_links": [], "run_history": False, "show_api": False, "ssr_mode": False, "quiet": True}
     known = inspect.signature(gr.Blocks.launch).parameters
     return {**{name: value for name, value in wanted.items() if name in known}, **_style(gr.Blocks.launch)}
+
+
+def is_no_leaver(record: logging.LogRecord) -> bool:
+    """A filter of the web server's log: Gradio takes it for an error that a page is closed while it sends a file."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ClientDisconnect))
 
 
 def _style(taken_by: Callable[..., Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 import zipfile
 
@@ -291,6 +292,19 @@ def test_editing_an_uploaded_picture_by_a_text(visitor, expected, tmp_path):
     assert visitor.steady(lambda: shown(visitor.all(".marked img")[0]))[2, 2].tolist() == [200, 30, 30]
     visitor.generate()
     edited(expected, visitor, np.full((16, 16, 3), (200, 30, 30), np.uint8), "tiny-text", "a red cat", AS_TEXT)
+
+
+def test_who_leaves_while_a_file_is_sent_leaves_no_traceback(url):
+    """In what app.py prints: the end of the fixture `url` looks at it."""
+    place = urllib.parse.urlsplit(url)
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 9999\r\n"
+        "Content-Type: multipart/form-data; boundary=edge\r\n\r\n--edge\r\n"
+    )
+    with socket.create_connection((place.hostname, place.port)) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.5)
+    time.sleep(0.5)
 
 
 def test_on_a_server(browser, card_files, expected):
