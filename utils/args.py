@@ -36,7 +36,13 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
 
 def add_seed_arg(parser: argparse.ArgumentParser, name: str = "--global-seed") -> None:
     """The base seed."""
-    parser.add_argument(name, type=int, default=0, help="base seed of everything random")
+    parser.add_argument(name, type=_seed, default=0, help="base seed of everything random")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number, 0 or more, not {text}")
+    return int(text)
 
 
 def add_bad_images_arg(group: argparse._ArgumentGroup) -> None:

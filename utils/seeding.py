@@ -11,7 +11,9 @@ import torch
 
 
 def mix_seed(*numbers: int) -> int:
-    """A well-mixed 63-bit seed from several non-negative integers."""
+    """A well-mixed 63-bit seed from several non-negative integers; ValueError for a negative one."""
+    if min(numbers) < 0:
+        raise ValueError(f"a seed is 0 or more, not {min(numbers)}")
     return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -56,6 +56,19 @@ def min_p_filtering(logits: Tensor, min_p: float, filter_value: float = -float("
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), filter_value)
 
 
+def check_sampling(cfg_scale: float, top_k: int, top_p: float, *temperatures: float) -> None:
+    """Whether these mean something; ValueError says which does not."""
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"a guidance scale is a finite number, not {cfg_scale}")
+    for temperature in temperatures:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"a temperature is 0 (always the likeliest code) or more, not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k is 0 (all codes) or more, not {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p is 0 to 1, not {top_p}")
+
+
 def temperatures(
     count: int, start: float, end: float | None, schedule: str = "linear", power: float = 1.0
 ) -> list[float]:

@@ -14,7 +14,7 @@ from autoregressive.engine.build import add_engine_args, make_engine
 from autoregressive.models.engine import Engine
 from autoregressive.models.generate import Model, generate
 from autoregressive.models.noise import ImageNoise
-from autoregressive.models.sampling import min_p_filtering
+from autoregressive.models.sampling import check_sampling, min_p_filtering
 from autoregressive.models.schedules import SCHEDULES, share
 from tokenizer.build import add_vq_args, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -88,10 +88,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a value that means nothing.
     """
-    if args.temperature < 0 or (args.temperature_end or 0) < 0:
-        raise ValueError("a temperature is 0 (always the likeliest code) or more")
-    if args.top_k < 0 or not 0 <= args.top_p <= 1:
-        raise ValueError(f"--top-k is 0 or more and --top-p is 0 to 1, not {args.top_k} and {args.top_p}")
+    check_sampling(args.cfg_scale, args.top_k, args.top_p, args.temperature, args.temperature_end or 0.0)
     min_p_filtering(torch.zeros(1), args.min_p)
     share(args.cfg_schedule, 0.0, args.cfg_power)
     names = ("cfg_scale", "cfg_interval", "cfg_start", "cfg_schedule", "cfg_power", "top_k", "top_p", "min_p")

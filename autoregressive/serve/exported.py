@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoregressive.models.condition import caption_projection
 from autoregressive.models.config import ModelArgs
+from autoregressive.models.sampling import check_sampling
 from autoregressive.serve.export import stream_fields
 from autoregressive.serve.vllm_plugin import LOGITS_PROCESSOR, MODEL_TYPE
 from utils.files import read_json
@@ -154,7 +155,7 @@ class ExportedModel:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        check_sampling(seed, cfg_scale, top_k, top_p, temperature)
+        check_sampling(cfg_scale, top_k, top_p, temperature)
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         return SamplingParams(
@@ -181,15 +182,3 @@ class ExportedModel:
         if len(codes) != self.args.block_size or not 0 <= min(codes) <= max(codes) < self.args.vocab_size:
             raise RuntimeError(f"vLLM ended an image of {self.args.block_size} codes after {len(codes)}")
         return list(codes)
-
-
-def check_sampling(seed: int | None, cfg_scale: float, top_k: int, top_p: float, temperature: float) -> None:
-    """Whether these mean something; ValueError says which does not."""
-    if seed is not None and seed < 0:
-        raise ValueError(f"a seed is 0 or more, not {seed}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"a guidance scale is a number, not {cfg_scale}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"a temperature is 0 (always the likeliest code) or more, not {temperature}")
-    if top_k < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"top_k is 0 or more and top_p is 0 to 1, not {top_k} and {top_p}")

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from autoregressive.build import add_gpt_args, latent_grid, load_gpt, require_null_class
 from autoregressive.engine.build import make_engine
 from autoregressive.models.generate import generate
+from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.pipeline import decode_codes, image_generators
 from autoregressive.sample.sample_c2i import IMAGENET_LABELS
 from autoregressive.serve.export import export_checkpoint
-from autoregressive.serve.exported import check_sampling
 from autoregressive.serve.vllm_engine import vllm_installed
 from tokenizer.build import add_vq_args, load_tokenizer
 from utils.args import add_seed_arg, make_parser
@@ -117,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be drawn before anything is loaded; ValueError says what."""
     if args.gpt_type != "c2i":
         raise ValueError(f"this command draws classes; --gpt-type {args.gpt_type} is not for it")
-    check_sampling(args.seed, args.cfg_scale, args.top_k, args.top_p, args.temperature)
+    check_sampling(args.cfg_scale, args.top_k, args.top_p, args.temperature)
     wrong = [label for label in args.class_labels if not 0 <= label < args.num_classes]
     if wrong:
         raise ValueError(

@@ -146,7 +146,7 @@ def test_mistakes_are_named(tiny, tmp_path):
     for flags, message in [
         (["--num-fid-samples", 0], "--num-fid-samples must be at least 1"),
         (["--gpt-type", "t2i"], "t2i is not for it"),
-        (["--top-p", 2], "--top-p is 0 to 1"),
+        (["--top-p", 2], "top_p is 0 to 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(tiny, tmp_path, *flags)

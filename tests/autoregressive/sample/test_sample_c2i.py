@@ -59,16 +59,27 @@ def test_codes_become_the_same_pictures_in_any_batch():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    for flags in (
-        ["--temperature", "-1"],
-        ["--top-p", "1.1"],
-        ["--top-k", "-3"],
-        ["--min-p", "2"],
-        ["--cfg-power", "0"],
+    for flags, message in (
+        (["--temperature", "-1"], "temperature is 0 .* or more, not -1"),
+        (["--temperature", "nan"], "temperature .* not nan"),
+        (["--temperature-end", "inf"], "temperature .* not inf"),
+        (["--cfg-scale", "nan"], "guidance scale .* not nan"),
+        (["--top-p", "1.1"], "top_p is 0 to 1, not 1.1"),
+        (["--top-p", "nan"], "top_p .* not nan"),
+        (["--top-k", "-3"], "top_k is 0 .* not -3"),
+        (["--min-p", "2"], "min_p"),
+        (["--cfg-power", "0"], "0"),
     ):
-        with pytest.raises(ValueError, match="0"):
+        with pytest.raises(ValueError, match=message):
             sampling_options(arguments(*flags))
     assert sampling_options(arguments("--min-p", "0.1"))["min_p"] == 0.1
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", ""])
+def test_a_seed_is_a_whole_number(seed, capsys):
+    with pytest.raises(SystemExit):
+        arguments("--seed", seed)
+    assert f"argument --seed: a seed is a whole number, 0 or more, not {seed}" in capsys.readouterr().err
 
 
 def names_of(args):
