@@ -38,9 +38,7 @@ class MiniLMEmbedder(TextEmbedder):
         source = str(folder or _package_folder())
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-            model = BertModel.from_pretrained(
-                source, local_files_only=True, dtype=torch_dtype, use_safetensors=True
-            )
+            model = BertModel.from_pretrained(source, local_files_only=True, dtype=torch_dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"MiniLM could not be loaded from {source} ({reason}); {INSTALL}") from error

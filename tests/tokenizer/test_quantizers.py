@@ -24,9 +24,7 @@ KINDS = list(QUANTIZERS)
 def _new(kind: str, size: int = 64, width: int = 8, ratio: float = 0.1, **more):
     size, width = code_shape(kind, size, width, more.get("levels"))
     torch.manual_seed(0)
-    return new_quantizer(
-        kind, size, width, beta=0.25, entropy_loss_ratio=ratio, l2_norm=True, show_usage=True, **more
-    )
+    return new_quantizer(kind, size, width, beta=0.25, entropy_loss_ratio=ratio, l2_norm=True, show_usage=True, **more)
 
 
 def _latents(quantizer, batch: int = 2, side: int = 4, seed: int = 0) -> torch.Tensor:

@@ -42,9 +42,7 @@ def test_an_error_from_a_loader_process_says_its_reason_alone(capsys):
 
 @pytest.mark.parametrize(("processes", "printed"), [(1, "done\nat exit\n"), (2, "done\n")])
 def test_one_of_several_processes_ends_at_once(processes, printed):
-    code = (
-        "import atexit; from utils.errors import run; atexit.register(print, 'at exit'); run(lambda: print('done'))"
-    )
+    code = "import atexit; from utils.errors import run; atexit.register(print, 'at exit'); run(lambda: print('done'))"
     env = {**environment(), "RANK": "0", "WORLD_SIZE": str(processes)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, printed)

@@ -121,7 +121,7 @@ def test_streams_tell_progress_and_show_parts(address, worker):
         def __call__(self, batch):
             for done in (4, 8, 12):
                 batch.tell(range(len(batch.jobs)), done, 16, np.stack([picture_of(done)] * len(batch.jobs)))
-                time.sleep(0.15)
+                until(lambda: not any(ticket.call._events for ticket in batch.tickets))  # they are on their way
             return np.stack([picture_of(job.seed) for job in batch.jobs])
 
     plain, worker.draw = worker.draw, Slow()
@@ -360,7 +360,7 @@ def test_stopping_finishes_what_has_begun(cards):
             waiting = [pool.submit(draw, address, seed=11), pool.submit(draw, address, seed=12, stream=True)]
             kept = connect(address)
             until(lambda: source.waiting == 2)
-            pool.submit(lambda: (time.sleep(1), worker.gate.set()))
+            pool.submit(lambda: (waiting[0].result(), worker.gate.set()))  # what waits is told before the rest is drawn
         kept.close()
         assert begun.result().status_code == 200
         refused = waiting[0].result()

@@ -96,7 +96,7 @@ def test_what_cannot_be_drawn_is_refused_before_it_is_sent(server):
 
 def test_errors_of_the_server_are_those_of_a_source(cards):
     worker = FakeWorker(broken=(66,))
-    with source_of(cards, worker) as source, serving(source, Limits(max_n=4, max_queue=2, timeout=0.5)) as address:
+    with source_of(cards, worker) as source, serving(source, Limits(max_n=4, max_queue=2, timeout=2)) as address:
         far = server_source(address)
         with pytest.raises(BadRequest, match="n is 1 to 4") as refused:
             draw(far, Request("tiny-class", 1, PLAIN, n=5))
