@@ -72,7 +72,8 @@ def add_server_args(flags: argparse.ArgumentParser) -> None:
         "--backend",
         choices=["auto", "local", "vllm"],
         default="auto",
-        help="auto: vLLM where it is installed (scripts/setup_vllm.sh), there is one model and no --workers",
+        help="auto: vLLM where it is installed (scripts/setup_vllm.sh), there is one model and no --workers; "
+        "on a CPU local is faster (docs/serving.md)",
     )
     group.add_argument("--max-batch-size", type=int, default=16, help="pictures that are drawn together")
     group = flags.add_argument_group("limits")

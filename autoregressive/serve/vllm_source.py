@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _COMMAND = Path(__file__).with_name("vllm_worker.py")
 _LAST_SECONDS = 10.0  # for vLLM to end by itself
 _ASKED = 2  # times to tell a process of a picture, should it be gone
 _PREVIEW_SECONDS = 0.5  # between two previews of a picture
+_TOGETHER_SECONDS = 0.03  # within which vLLM tells of pictures that end in the same step
 # flags of samplers that vLLM has no counterpart of here
 _LOCAL_FLAGS = (
     "cfg_start", "cfg_schedule", "min_p", "temperature_end", "quantize", "negative_prompt", "no_left_padding",
@@ -169,13 +171,14 @@ class _Parts:
     def __init__(self, card: Card, device: torch.device) -> None:
         self.text = TextConditions(card.args, device) if card.kind == "t2i" else None
         self.tokenizer = load_tokenizer(card.args, device)
-        self.device, self.lock = device, threading.Lock()
+        self.device, self._lock = device, threading.Lock()
+        self._undecoded = queue.SimpleQueue[tuple[list[int], Future[np.ndarray]]]()
 
     def condition(self, job: Job) -> dict[str, Any]:
         """What `vllm_worker` is told of a job's subject."""
         if self.text is None:
             return {"subject": job.subject}
-        with self.lock:
+        with self._lock:
             features, mask = self.text.encode([str(job.subject)])
         if not mask.any():
             raise BadRequest("the prompt holds no text", "prompt")
@@ -183,12 +186,37 @@ class _Parts:
         return {"subject": None, "features": content.numpy().tobytes(), "shape": tuple(content.shape),
                 "mask": mask[0].tolist()}  # fmt: skip
 
-    def picture(self, codes: list[int], total: int) -> np.ndarray:
-        """The picture (1, edge, edge, 3) of the codes that are there, grey where none are."""
-        padded = torch.tensor([codes + codes[-1:] * (total - len(codes))], dtype=torch.int32, device=self.device)
-        if len(codes) < total:
+    def picture(self, codes: list[int]) -> np.ndarray:
+        """The picture (1, edge, edge, 3) of all its codes. What waits here at the same time is decoded together."""
+        picture: Future[np.ndarray] = Future()
+        self._undecoded.put((codes, picture))
+        time.sleep(_TOGETHER_SECONDS)
+        with self._lock:
+            waiting = [self._undecoded.get() for _ in range(self._undecoded.qsize())]  # only taken under the lock
+            if waiting:  # else another slot decoded this one too
+                self._decode(waiting)
+        return picture.result()
+
+    def _decode(self, waiting: list[tuple[list[int], Future[np.ndarray]]]) -> None:
+        try:
+            codes = torch.tensor([codes for codes, _ in waiting], dtype=torch.int32, device=self.device)
+            pictures = to_uint8(decode_codes(self.tokenizer, codes)).cpu().numpy()
+        except Exception as error:
+            for _, picture in waiting:
+                picture.set_exception(error)
+            return
+        for row, (_, picture) in enumerate(waiting):
+            picture.set_result(pictures[row : row + 1])
+
+    def preview(self, codes: list[int], total: int) -> np.ndarray | None:
+        """The picture (1, edge, edge, 3) of the codes that are there, grey where none are; None: no time for that."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            padded = torch.tensor([codes + codes[-1:] * (total - len(codes))], dtype=torch.int32, device=self.device)
             return partial_pictures(self.tokenizer, padded, len(codes))
-        return to_uint8(decode_codes(self.tokenizer, padded)).cpu().numpy()
+        finally:
+            self._lock.release()
 
 
 class _Slot:
@@ -225,15 +253,11 @@ class _Slot:
                 raise WorkerDied("vLLM's process is gone")
             if kind == "failed":
                 raise RuntimeError(content)
-            preview = None
             if len(content) == self._total:
-                with self._parts.lock:
-                    return self._parts.picture(content, self._total)
-            if job.previews and time.monotonic() > next_preview and self._parts.lock.acquire(blocking=False):
-                try:
-                    preview = self._parts.picture(content, self._total)
-                finally:
-                    self._parts.lock.release()
+                return self._parts.picture(content)
+            preview = None
+            if job.previews and time.monotonic() > next_preview:
+                preview = self._parts.preview(content, self._total)
                 next_preview = time.monotonic() + _PREVIEW_SECONDS
             batch.tell(range(1), len(content), self._total, preview)
 
