@@ -41,7 +41,7 @@ def add_seed_arg(parser: argparse.ArgumentParser, name: str = "--global-seed") -
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a seed is a whole number, 0 or more, not {text}")
+        raise argparse.ArgumentTypeError(f"a seed is a whole number, 0 or more, not {text!r}")
     return int(text)
 
 

@@ -78,15 +78,14 @@ class Visitor:
         """Choose the tab whose name begins so."""
         selector = "button[role=tab]"
 
-        def choose() -> bool:
+        def choose() -> None:
             for more in self.all(".overflow-menu > button"):  # on narrow screens
                 if not self.all(".overflow-dropdown"):
                     more.click()
             tabs = self.all(f"{selector}, .overflow-dropdown button")
             next(one for one in tabs if one.text.startswith(tab)).click()
-            return True
 
-        self.until(choose, f"tab {tab}")
+        self.steady(choose, f"tab {tab}")
         chosen = f'{selector}[aria-selected="true"]'
         self.until(lambda: self.all(chosen)[0].text.startswith(tab), f"{tab} is chosen")
         self.until(lambda: self.button("Generate"), f"{tab} is there")
@@ -97,9 +96,9 @@ class Visitor:
         wait = WebDriverWait(self.browser, _LONGEST, 0.1, ignored_exceptions=_CHANGING)
         return wait.until(lambda _: check(), what)
 
-    def steady(self, look: Callable[[], Any]) -> Any:
-        """What `look` gives, be it nothing, of a page that did not change under it."""
-        return self.until(lambda: [look()], "the page holds still")[0]
+    def steady(self, do: Callable[[], Any], what: str = "the page holds still") -> Any:
+        """Look or act on a page that does not change meanwhile and has what it takes; returns what `do` gives."""
+        return self.until(lambda: [do()], what)[0]
 
     def all(self, selector: str) -> list[WebElement]:
         """What is seen on the page of a CSS selector."""
@@ -116,38 +115,25 @@ class Visitor:
 
     def press(self, words: str) -> None:
         """Press a button, as soon as it can be pressed."""
-
-        def pressed() -> bool:
-            button = self.button(words)
-            if button is None or not button.is_enabled():
-                return False
-            button.click()
-            return True
-
-        self.until(pressed, f"{words} can be pressed")
+        self.click("button:enabled", words)
 
     def click(self, selector: str, words: str = "", place: int = 0) -> None:
         """Click what is seen of a CSS selector with words that end so, as soon as it is there."""
-
-        def clicked() -> bool:
-            [one for one in self.all(selector) if one.text.strip().endswith(words)][place].click()
-            return True
-
-        self.until(clicked, f"{selector} {words} can be clicked")
+        found = lambda: [one for one in self.all(selector) if one.text.strip().endswith(words)]  # noqa: E731
+        self.steady(lambda: found()[place].click(), f"{selector} {words} can be clicked")
 
     def write(self, label: str, text: str, end: str = "") -> None:
         """Write into a box in the place of what is in it; `end` is a last key."""
 
-        def written() -> bool:
+        def written() -> None:
             box = self._box(label)
             box.click()
             box.send_keys(Keys.CONTROL, "a")
             box.send_keys(text or Keys.DELETE)
             if end:
                 box.send_keys(end)
-            return True
 
-        self.until(written, f"a box {label}")
+        self.steady(written, f"a box {label}")
 
     def value(self, label: str) -> str:
         """What is in a box."""

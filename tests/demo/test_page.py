@@ -1,14 +1,16 @@
 """The page as it is built, and what happens on it from the press of a button on, without a browser."""
 
 import asyncio
+import logging
 
 import gradio as gr
 import numpy as np
 import pytest
+from starlette.requests import ClientDisconnect
 
 from autoregressive.serve.requests import BadRequest, Request, Sampling
 from demo import parts
-from demo.page import build_page, page_options
+from demo.page import build_page, is_no_leaver, page_options
 from demo.parts import drawing
 from demo.watching import Stop
 from tests.demo.fakes import FakeSource
@@ -61,6 +63,18 @@ def test_nothing_is_fetched_or_sent(cards):
     theme = options.get("theme") or page.theme
     assert not page.analytics_enabled and theme._stylesheets == []
     assert "http" not in (options.get("css") or page.css)
+
+
+def test_only_who_leaves_is_left_out_of_the_log(caplog):
+    log = logging.getLogger("a web server")
+    log.addFilter(is_no_leaver)
+    for error in (ClientDisconnect(), OSError("disk full")):
+        try:
+            raise error
+        except Exception:
+            log.exception("in an upload")
+    log.error("no exception at all")
+    assert [record.exc_info and str(record.exc_info[1]) for record in caplog.records] == ["disk full", None]
 
 
 def test_from_the_button_to_the_pictures(cards):

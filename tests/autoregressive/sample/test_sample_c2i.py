@@ -79,7 +79,7 @@ def test_settings_that_mean_nothing_are_refused():
 def test_a_seed_is_a_whole_number(seed, capsys):
     with pytest.raises(SystemExit):
         arguments("--seed", seed)
-    assert f"argument --seed: a seed is a whole number, 0 or more, not {seed}" in capsys.readouterr().err
+    assert f"argument --seed: a seed is a whole number, 0 or more, not {seed!r}" in capsys.readouterr().err
 
 
 def names_of(args):
