@@ -320,9 +320,9 @@ def test_a_mistake_of_ours_is_in_the_log_and_not_in_the_answer(address, source, 
     monkeypatch.setattr(source, "draw", broken)
     with caplog.at_level(logging.INFO, "llamagen"):
         answer = draw(address)
+        until(lambda: f"POST '{GENERATIONS}' 500" in caplog.text)  # is written after the answer was sent
     assert answer.status_code == 500 and "secret" not in answer.text and error_of(answer)["type"] == "server_error"
     assert "ZeroDivisionError: a secret" in caplog.text
-    until(lambda: f"POST '{GENERATIONS}' 500" in caplog.text)
 
 
 def test_a_request_is_one_line_in_the_log(address, caplog):
