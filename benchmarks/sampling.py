@@ -129,7 +129,7 @@ def random_gpt(args: argparse.Namespace, device: torch.device) -> Transformer:
 
 def vq_seconds(model: Transformer, batch: int, device: torch.device) -> float:
     """Seconds to decode the codes of one image as samplers do, measured on `batch` of them in float32."""
-    tokenizer = VQ_16().to(device).eval()
+    tokenizer = VQ_16().to(device, memory_format=torch.channels_last).eval()
     edge = model.config.grid_size
     codes = torch.randint(tokenizer.config.codebook_size, (batch, edge * edge), device=device)
     with torch.no_grad():

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.models.text_condition import text_attention_mask
-from autoregressive.sample.editing import encode_images
-from autoregressive.sample.pipeline import decode_codes, load_models
+from autoregressive.sample.pipeline import decode_codes, encode_images, load_models
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.cards import EMOJI, bundled_cards, with_values
 from dataset.augmentation import eval_transform

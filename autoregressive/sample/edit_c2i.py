@@ -23,9 +23,16 @@ from autoregressive.build import latent_grid
 from autoregressive.models.generate import Model
 from autoregressive.sample import masks
 from autoregressive.sample.classes import ClassNames
-from autoregressive.sample.editing import edit_codes, encode_images, last_drawn, paste_outside, with_rest
+from autoregressive.sample.editing import edit_codes, last_drawn, paste_outside, with_rest
 from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
-from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sampling_options
+from autoregressive.sample.pipeline import (
+    OnToken,
+    add_model_args,
+    decode_codes,
+    encode_images,
+    load_models,
+    sampling_options,
+)
 from dataset.augmentation import eval_transform
 from dataset.images import read_rgb
 from utils.args import add_seed_arg, apply_threads, make_parser

@@ -24,7 +24,7 @@ from torch import Tensor
 from autoregressive.models.engine import Engine
 from autoregressive.models.generate import Model, generate
 from autoregressive.sample.masks import as_pixels
-from autoregressive.sample.pipeline import decode_codes, image_generators
+from autoregressive.sample.pipeline import decode_codes, encode_images, image_generators
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.seeding import mix_seed
 
@@ -115,13 +115,6 @@ def edit_images(
     codes = encode_images(tokenizer, images)
     edited = decode_codes(tokenizer, edit_codes(gpt, codes, mask, labels, seeds, **options))
     return paste_outside(edited, images, mask) if paste else edited
-
-
-@torch.no_grad()
-def encode_images(tokenizer: VQModel, images: Tensor) -> Tensor:
-    """The codes int32 (B, N) of images (B, 3, H, W)."""
-    _, _, (_, _, indices) = tokenizer.encode(images)
-    return indices.view(len(images), -1).to(torch.int32)
 
 
 def paste_outside(edited: Tensor, original: Tensor, mask: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class SetPainter:
     def _images(self, indices: list[int]) -> Tensor:
         seeds = [self.seed(i) for i in indices]
         codes = sample_codes(self.gpt, args=self.args, seeds=seeds, **self.conditions(indices))
-        images = decode_codes(self.tokenizer, codes, batch_size=min(len(indices), 16))
+        images = decode_codes(self.tokenizer, codes)
         if eval_size(self.args) != self.args.image_size:
             images = resize_bicubic(images, eval_size(self.args))
         return images

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ _COMMAND = Path(__file__).with_name("vllm_worker.py")
 _LAST_SECONDS = 10.0  # for vLLM to end by itself
 _ASKED = 2  # times to tell a process of a picture, should it be gone
 _PREVIEW_SECONDS = 0.5  # between two previews of a picture
-_TOGETHER_SECONDS = 0.03  # within which vLLM tells of pictures that end in the same step
 # flags of samplers that vLLM has no counterpart of here
 _LOCAL_FLAGS = (
     "cfg_start", "cfg_schedule", "min_p", "temperature_end", "quantize", "negative_prompt", "no_left_padding",
@@ -172,7 +170,6 @@ class _Parts:
         self.text = TextConditions(card.args, device) if card.kind == "t2i" else None
         self.tokenizer = load_tokenizer(card.args, device)
         self.device, self._lock = device, threading.Lock()
-        self._undecoded = queue.SimpleQueue[tuple[list[int], Future[np.ndarray]]]()
 
     def condition(self, job: Job) -> dict[str, Any]:
         """What `vllm_worker` is told of a job's subject."""
@@ -187,26 +184,9 @@ class _Parts:
                 "mask": mask[0].tolist()}  # fmt: skip
 
     def picture(self, codes: list[int]) -> np.ndarray:
-        """The picture (1, edge, edge, 3) of all its codes. What waits here at the same time is decoded together."""
-        picture: Future[np.ndarray] = Future()
-        self._undecoded.put((codes, picture))
-        time.sleep(_TOGETHER_SECONDS)
+        """The picture (1, edge, edge, 3) of all its codes."""
         with self._lock:
-            waiting = [self._undecoded.get() for _ in range(self._undecoded.qsize())]  # only taken under the lock
-            if waiting:  # else another slot decoded this one too
-                self._decode(waiting)
-        return picture.result()
-
-    def _decode(self, waiting: list[tuple[list[int], Future[np.ndarray]]]) -> None:
-        try:
-            codes = torch.tensor([codes for codes, _ in waiting], dtype=torch.int32, device=self.device)
-            pictures = to_uint8(decode_codes(self.tokenizer, codes)).cpu().numpy()
-        except Exception as error:
-            for _, picture in waiting:
-                picture.set_exception(error)
-            return
-        for row, (_, picture) in enumerate(waiting):
-            picture.set_result(pictures[row : row + 1])
+            return to_uint8(decode_codes(self.tokenizer, torch.tensor([codes], device=self.device))).cpu().numpy()
 
     def preview(self, codes: list[int], total: int) -> np.ndarray | None:
         """The picture (1, edge, edge, 3) of the codes that are there, grey where none are; None: no time for that."""

@@ -9,13 +9,12 @@ from autoregressive.models.generate import generate
 from autoregressive.sample.editing import (
     edit_codes,
     edit_images,
-    encode_images,
     fit_of_kept_cells,
     last_drawn,
     paste_outside,
     with_rest,
 )
-from autoregressive.sample.pipeline import image_generators
+from autoregressive.sample.pipeline import encode_images, image_generators
 from tests.autoregressive.models.tiny import random_model
 from tokenizer.tokenizer_image.vq_model import VQ_models
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,29 +78,6 @@ def test_codes_become_pictures_and_parts_of_pictures(cards, source):
     part = asyncio.run(parts())
     assert isinstance(part, Progress) and part.total == 16 and (part.preview[-1] == GREY).all()
     assert source.where == "cpu, vLLM" and source.workers == (1, 1)
-
-
-def test_pictures_that_end_together_are_decoded_together(cards, monkeypatch):
-    parts, batches = module._Parts(cards[0], torch.device("cpu")), []
-    plain = module.decode_codes
-
-    def spy(tokenizer, codes):
-        batches.append(len(codes))
-        if 63 in codes:
-            raise RuntimeError("out of memory")
-        return plain(tokenizer, codes)
-
-    monkeypatch.setattr(module, "decode_codes", spy)
-    monkeypatch.setattr(module, "_TOGETHER_SECONDS", 0.5)
-    all_codes = [[seed] * 16 for seed in range(6)]
-    with ThreadPoolExecutor(6) as pool:
-        found = np.concatenate(list(pool.map(parts.picture, all_codes)))
-        assert batches == [6]
-        assert np.array_equal(found, to_uint8(plain(parts.tokenizer, torch.tensor(all_codes))).numpy())
-        assert np.array_equal(parts.picture(all_codes[2])[0], found[2])
-        for failed in [pool.submit(parts.picture, [63] * 16) for _ in range(2)]:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                failed.result()
 
 
 def test_texts_become_features(cards, stand_in):
