@@ -26,7 +26,7 @@ if not __package__:  # started by file path, from any folder
 
 from autoregressive.serve.cards import given_flags
 from demo.models import add_model_flags, cards_of_server, page_cards
-from utils.args import make_parser
+from utils.args import add_seed_arg, make_parser
 from utils.errors import run
 
 _PAGE = ("host", "port", "share", "server_url", "seed")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     page.add_argument("--port", type=int, help="the default is the first free one from 7860 on")
     page.add_argument("--share", action="store_true", help="also a public address, through Gradio's servers")
     page.add_argument("--server-url", help="draw on this server, such as http://127.0.0.1:8000, not in this process")
-    page.add_argument("--seed", type=int, default=42, help="the seed that the page shows first")
+    add_seed_arg(page, "--seed", default=42, help="the seed that the page shows first")
     add_model_flags(flags)
     return flags
 

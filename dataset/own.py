@@ -48,7 +48,7 @@ from dataset.augmentation import center_crop_arr
 from dataset.images import CLASS_LIST, BadItems, is_image_name
 from dataset.sources import COLUMNS, Entry, image_files, list_entries
 from utils import errors
-from utils.args import add_bad_images_arg, make_parser
+from utils.args import add_bad_images_arg, add_seed_arg, make_parser
 from utils.claim import claim_folder
 from utils.files import atomic_path, write_atomic, write_json
 from utils.progress import progress
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--data-path", required=True, help="folder to write (new, or from an earlier run)")
     parser.add_argument("--size", type=int, help="crop to this many pixels; the default keeps the images as they are")
     parser.add_argument("--val-share", type=float, default=0.05, help="share held out for validation")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    add_seed_arg(parser, "--seed", help="of the split")
     parser.add_argument("--captions", help="table of captions for a folder of images")
     for role in COLUMNS:
         parser.add_argument(f"--{role}-column", help=f"the table's column with the {role}; the default is a good guess")

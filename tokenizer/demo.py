@@ -14,6 +14,7 @@ from dataset.augmentation import center_crop_arr, normalized
 from dataset.images import read_rgb
 from dataset.openmoji import example_picture
 from tokenizer.reconstruction import Load, quality
+from utils.args import add_seed_arg
 from utils.image import save_png, to_uint8
 
 
@@ -27,9 +28,7 @@ def add_demo_args(parser: argparse.ArgumentParser, output_dir: str | None) -> No
         help="folder of the result" + ("" if output_dir else "; the default is the one of the image"),
     )
     parser.add_argument("--device", help="cuda or cpu; the default is a GPU where there is one")
-    parser.add_argument(
-        "--seed", dest="global_seed", metavar="SEED", type=int, default=0, help="base seed of everything random"
-    )
+    add_seed_arg(parser, "--seed", dest="global_seed", metavar="SEED")
 
 
 def show(args: argparse.Namespace, load: Load, suffix: str, *, crop: bool) -> Path:

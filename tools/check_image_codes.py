@@ -26,7 +26,7 @@ from dataset.imagenet import build_imagenet_code
 from dataset.packed import CaptionCodes, find_stores, read_manifest, sha256_of
 from tokenizer.build import add_vq_args, load_tokenizer
 from utils import checkpoint
-from utils.args import make_parser
+from utils.args import add_seed_arg, make_parser
 from utils.errors import run
 from utils.image import make_grid_image, save_png
 
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add_vq_args(flags, ckpt_required=True)
     flags.add_argument("--image-size", type=int, default=256, help="edge of the images in pixels")
     flags.add_argument("--downsample-size", type=int, default=16, help="the tokenizer's stride")
-    flags.add_argument("--seed", type=int, default=0, help="decides which entries are shown")
+    add_seed_arg(flags, "--seed", help="decides which entries are shown")
     return flags
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,9 +35,9 @@ def add_runtime_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-workers", type=int, default=24, help="loader processes, at most one per CPU core is used")
 
 
-def add_seed_arg(parser: argparse.ArgumentParser, name: str = "--global-seed") -> None:
-    """The base seed."""
-    parser.add_argument(name, type=_seed, default=0, help="base seed of everything random")
+def add_seed_arg(parser: argparse._ActionsContainer, name: str = "--global-seed", **options: Any) -> None:
+    """A seed, by default the base of everything random; `options` are further ones of `add_argument`."""
+    parser.add_argument(name, type=_seed, **{"default": 0, "help": "base seed of everything random", **options})
 
 
 def _seed(text: str) -> int:
