@@ -45,7 +45,11 @@ def edit_tab(source: Source, cards: list[Card], gallery: Gallery, seed: int | No
             results = make_results(buttons, gallery, "Choose a picture and paint over a part of it.")
 
     def take_drawn(kept: Kept, event: gr.SelectData) -> list[Any]:
-        return _chosen(kept[event.index]) if event.index < len(kept) else [gr.skip(), gr.skip()]
+        if event.index >= len(kept):
+            return [gr.skip()] * (3 + len(names))
+        drawn = kept[event.index]
+        subjects = [drawn.subject if name == drawn.model else gr.skip() for name in names]
+        return [*_chosen(drawn.pixels), drawn.model, *subjects]
 
     def take_upload(path: str | None) -> list[Any]:
         try:
@@ -66,7 +70,8 @@ def edit_tab(source: Source, cards: list[Card], gallery: Gallery, seed: int | No
         edit: Edit = edit_of(picture, painting, rest, card)
         return request_of(card, Controls.named(values[first : first + each]), edit), card
 
-    gallery.shown.select(take_drawn, gallery.kept, [picture, editor], **_QUICK)
+    subjects = [part.subject for part in controls]
+    gallery.shown.select(take_drawn, gallery.kept, [picture, editor, model, *subjects], **_QUICK)
     upload.upload(take_upload, upload, [picture, editor], **_QUICK)
     model.change(lambda name: [gr.update(visible=name == one) for one in names], model, groups, **_QUICK)
     looked_at = [picture, editor, rest, model]

@@ -23,7 +23,17 @@ _MOST_KEPT = 24
 _STOPPED = "Stopped. What was drawn so far stays here."
 _QUICK = {"show_progress": "hidden", "queue": False}
 
-Kept = list[np.ndarray]  # pictures of a session, newest first
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a session, uint8 (edge, edge, 3), and what drew it of what."""
+
+    pixels: np.ndarray
+    model: str
+    subject: int | str
+
+
+Kept = list[Picture]  # newest first
 
 
 @dataclass(frozen=True)
@@ -196,10 +206,11 @@ async def drawing(
         yield told("Something went wrong here; the terminal in which app.py runs says what.")
 
 
-def _with_new(kept: Kept, board: Board) -> tuple[Kept, Kept]:
-    new = [tile.picture for tile in board.tiles if tile.picture is not None]
+def _with_new(kept: Kept, board: Board) -> tuple[Kept, list[np.ndarray]]:
+    of = (board.request.model, board.request.subject)
+    new = [Picture(tile.picture, *of) for tile in board.tiles if tile.picture is not None]
     kept = [*new, *kept][:_MOST_KEPT]
-    return kept, kept
+    return kept, [picture.pixels for picture in kept]
 
 
 def told(message: str) -> list[Any]:

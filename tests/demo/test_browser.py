@@ -262,19 +262,29 @@ def edited(expected, visitor, picture, model, subject, sampling):
 
 
 def test_editing_a_drawn_picture(visitor, expected):
-    drawn = visitor.open().generate()
+    visitor.open().pick_class("circ", "red circle")
+    drawn = visitor.generate()
     visitor.go_to("Edit").press("Generate")
     assert "Choose a picture first" in visitor.wait_for("failed")
     visitor.until(lambda: len(visitor.all(".kept .thumbnail-item")) == 4, "drawn pictures are offered")
     visitor.click(".kept .thumbnail-item", place=1)
+    visitor.until(lambda: visitor.value("Class") == "red circle", "its class is picked")
     visitor.until(lambda: visitor.press("Generate") or "Nothing is painted" in visitor.note, "no paint")
     visitor.paint((-0.15, 0.25), (0.15, 0.25))
     visitor.generate()
     count = visitor.marked_cells()
-    cells = edited(expected, visitor, drawn[1], "tiny-class", 1, AS_CLASS)
+    cells = edited(expected, visitor, drawn[1], "tiny-class", 0, AS_CLASS)
     assert len(cells) == count and min(cells) >= 8  # the lower half was painted
     visitor.click("input[type=checkbox]")
     visitor.until(lambda: visitor.marked_cells() == 16 - min(cells), "all that follow")
+
+
+def test_a_picture_of_a_text_brings_its_model_and_its_text(visitor):
+    visitor.open("Text").write("Prompt", "a red cat")
+    visitor.generate()
+    visitor.go_to("Edit").click(".kept .thumbnail-item")
+    visitor.until(lambda: visitor.value("Prompt") == "a red cat", "its text is there")
+    assert visitor.steady(lambda: visitor.all("label.selected")[0].text) == "tiny-text"
 
 
 def test_editing_an_uploaded_picture_by_a_text(visitor, expected, tmp_path):

@@ -16,6 +16,7 @@ from demo.watching import Stop
 from tests.demo.fakes import FakeSource
 
 PLAIN = Sampling(2.0, 0, 1.0, 1.0)
+OLD = parts.Picture(np.zeros((16, 16, 3), np.uint8), "tiny-text", "a red cat")
 CONTROLS = (gr.Slider, gr.Textbox, gr.Dropdown, gr.Radio, gr.Checkbox, gr.ImageEditor, gr.Gallery)
 SHOWN = ("draw", "stop", "status", "board", "again", "kept", "gallery")
 
@@ -79,12 +80,15 @@ def test_only_who_leaves_is_left_out_of_the_log(caplog):
 
 def test_from_the_button_to_the_pictures(cards):
     source, request = FakeSource(cards), Request("tiny-class", 2, PLAIN, seed=3, n=2)
-    shown = updates(source, lambda: (request, cards[0]), kept=[np.zeros((16, 16, 3), np.uint8)])
+    shown = updates(source, lambda: (request, cards[0]), kept=[OLD])
     first, last = shown[0], shown[-1]
     assert not first["draw"]["interactive"] and first["stop"]["interactive"] and "drawing" in first["status"]
     assert last["draw"]["interactive"] and not last["stop"]["interactive"] and 'data-state="done"' in last["status"]
     assert last["board"].count("Save PNG") == 2 and "sample_c2i.py" in last["again"]
-    assert len(last["kept"]) == 3 and np.array_equal(last["kept"][1], source.picture(request, 1))
+    second = last["kept"][1]
+    assert len(last["kept"]) == 3 and np.array_equal(second.pixels, source.picture(request, 1))
+    assert (second.model, second.subject) == ("tiny-class", 2) and last["kept"][2] is OLD
+    assert np.array_equal(last["gallery"], [picture.pixels for picture in last["kept"]])
 
 
 def test_a_stopped_drawing_says_so_last_and_the_next_one_begins(cards):
@@ -106,9 +110,9 @@ def test_a_stopped_drawing_says_so_last_and_the_next_one_begins(cards):
 
 
 def test_only_so_many_pictures_are_kept(cards):
-    many = [np.zeros((16, 16, 3), np.uint8)] * parts._MOST_KEPT
+    many = [OLD] * parts._MOST_KEPT
     last = updates(FakeSource(cards), lambda: (Request("tiny-class", 2, PLAIN), cards[0]), many)[-1]
-    assert len(last["kept"]) == parts._MOST_KEPT and last["kept"][0].any()
+    assert len(last["kept"]) == parts._MOST_KEPT and last["kept"][0] is not OLD
 
 
 def test_a_mistake_is_told_and_pictures_stay(cards, warnings):
