@@ -110,6 +110,10 @@ class _Batch:
     def given_up(self) -> bool:
         return self.called_off or all(ticket.call.given_up for ticket in self.tickets)
 
+    @property
+    def again(self) -> bool:
+        return self.tickets[0].tries > 0
+
     def tell(self, rows: range, done: int, total: int, previews: np.ndarray | None) -> None:
         for row, ticket in enumerate(self.tickets[rows.start : rows.stop]):
             preview = previews[row] if previews is not None and ticket.job.previews else None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,38 @@ class _Engine:
         self._process = None
 
 
+class _Turns:
+    """Who may be in the engine: pictures together, or one that went wrong before, alone."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._inside = self._waiting_alone = 0
+        self._alone = False
+
+    @contextlib.contextmanager
+    def turn(self, batch: Batch) -> Iterator[None]:
+        """Wait for it, and have it. Raises GivenUp when nobody wants the picture any more."""
+        alone = batch.again
+        with self._change:
+            self._waiting_alone += alone
+            try:
+                while self._alone or (self._inside if alone else self._waiting_alone):
+                    if batch.given_up:
+                        raise GivenUp
+                    self._change.wait(0.1)
+            finally:
+                self._waiting_alone -= alone
+            self._inside += 1
+            self._alone = alone
+        try:
+            yield
+        finally:
+            with self._change:
+                self._inside -= 1
+                self._alone = False
+                self._change.notify_all()
+
+
 class _Parts:
     """What is done in this process: texts to conditions, codes to pictures."""
 
@@ -202,8 +234,8 @@ class _Parts:
 class _Slot:
     """A worker that draws one picture at a time; the engine is shared."""
 
-    def __init__(self, engine: _Engine, parts: _Parts, total: int) -> None:
-        self._engine, self._parts, self._total = engine, parts, total
+    def __init__(self, engine: _Engine, turns: _Turns, parts: _Parts, total: int) -> None:
+        self._engine, self._turns, self._parts, self._total = engine, turns, parts, total
         self.engines = {"": "vLLM"}
 
     def start(self) -> None:
@@ -213,14 +245,17 @@ class _Slot:
     def draw(self, batch: Batch) -> np.ndarray:
         """The picture of the only job."""
         job = batch.jobs[0]
-        settings = {"seed": job.seed, **vars(job.sampling)}
-        number, messages = self._engine.ask({**self._parts.condition(job), "settings": settings})
-        try:
-            return self._follow(batch, job, messages)
-        finally:
-            self._engine.forget(number)
+        what = {**self._parts.condition(job), "settings": {"seed": job.seed, **vars(job.sampling)}}
+        with self._turns.turn(batch):
+            number, messages = self._engine.ask(what)
+            try:
+                codes = self._follow(batch, job, messages)
+            finally:
+                self._engine.forget(number)
+        return self._parts.picture(codes)
 
-    def _follow(self, batch: Batch, job: Job, messages: queue.SimpleQueue[Any]) -> np.ndarray:
+    def _follow(self, batch: Batch, job: Job, messages: queue.SimpleQueue[Any]) -> list[int]:
+        """All codes of a picture, telling of them as they come."""
         next_preview = 0.0
         while True:
             if batch.given_up:
@@ -234,7 +269,7 @@ class _Slot:
             if kind == "failed":
                 raise RuntimeError(content)
             if len(content) == self._total:
-                return self._parts.picture(content)
+                return content
             preview = None
             if job.previews and time.monotonic() > next_preview:
                 preview = self._parts.preview(content, self._total)
@@ -249,7 +284,9 @@ class VLLMSource(LocalSource):
     """A `LocalSource` whose slots share one engine; it does not edit."""
 
     def __init__(self, card: Card, engine: _Engine, parts: _Parts, slots: int) -> None:
-        super().__init__([card], [_Slot(engine, parts, card.grid**2) for _ in range(slots)], str(parts.device), 1)
+        turns = _Turns()
+        workers = [_Slot(engine, turns, parts, card.grid**2) for _ in range(slots)]
+        super().__init__([card], workers, str(parts.device), 1)
         self._engine = engine
 
     @property

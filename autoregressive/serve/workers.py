@@ -41,6 +41,11 @@ class Batch(Protocol):
         """Whether nobody wants it any more."""
         ...
 
+    @property
+    def again(self) -> bool:
+        """Whether it went wrong before; it is then one job, and no other is to suffer from it."""
+        ...
+
     def tell(self, rows: range, done: int, total: int, previews: np.ndarray | None) -> None:
         """These rows of the batch have `done` of `total` codes, and look like `previews` (len(rows), edge, edge, 3)."""
         ...

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from autoregressive.serve.requests import BadRequest, Drawn, Edit, Failed, Progr
 from autoregressive.serve.server import backend_of, server_parser
 from autoregressive.serve.studio import Job, Studio
 from autoregressive.serve.vllm_source import vllm_python, vllm_source, why_not
+from autoregressive.serve.workers import GivenUp
 from tests.autoregressive.serve.tiny import tiny_cards
 from utils.image import to_uint8
 
@@ -101,14 +105,38 @@ def test_a_request_that_is_given_up_is_stopped_in_vllm(cards, source):
     note.unlink()
 
 
-def test_a_process_that_dies_is_started_again(cards, source):
+def test_a_picture_that_kills_the_process_twice_fails_alone(cards, source):
     async def several():
-        return await asyncio.gather(all_of(source, ask(66)), all_of(source, ask(1, 2)), return_exceptions=True)
+        return await asyncio.gather(
+            all_of(source, ask(200, 2)), all_of(source, ask(66)), all_of(source, ask(210, 5)), return_exceptions=True
+        )
 
-    failed, _ = asyncio.run(several())
-    assert isinstance(failed, Failed)
-    assert np.array_equal(pictures(draw(source, ask(1, 2))), expected(cards[0], 1, 2))
+    first, fatal, second = asyncio.run(several())
+    assert isinstance(fatal, Failed)
+    assert np.array_equal(pictures(first), expected(cards[0], 200, 201))
+    assert np.array_equal(pictures(second), expected(cards[0], *range(210, 215)))
+    assert draw(source, ask(1))
     assert source.restarts == 2 and source.workers == (1, 1)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_who_waits_for_a_turn_may_give_up(again):
+    turns, order = module._Turns(), []
+
+    def draw(again, given_up=False):
+        with turns.turn(SimpleNamespace(again=again, given_up=given_up)):
+            order.append(again)
+
+    with ThreadPoolExecutor() as pool:
+        with turns.turn(SimpleNamespace(again=not again, given_up=False)):
+            with pytest.raises(GivenUp):
+                draw(again, given_up=True)
+            waiting = [pool.submit(draw, again), pool.submit(draw, again)]
+            time.sleep(0.2)
+            assert order == []
+        for one in waiting:
+            one.result()
+    assert order == [again, again]
 
 
 def test_what_vllm_refuses_fails_alone(source):

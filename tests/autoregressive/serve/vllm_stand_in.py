@@ -1,11 +1,12 @@
 """Speaks as `vllm_worker` does, without vLLM: code i of every picture is (seed + i) % 64. Seed 66 kills it.
 
-Seeds from 1000 on are never ready. Class 2 is refused.
+It takes a moment over seeds 66 and 200 to 299. Seeds from 1000 on are never ready. Class 2 is refused.
 """
 
 import os
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 
 line = Connection(int(sys.argv[1]))
@@ -20,7 +21,10 @@ stopped, lock = set(), threading.Lock()
 def draw(number, what):
     seed = what["settings"]["seed"]
     if seed == 66:
+        time.sleep(0.2)
         os._exit(9)
+    if 200 <= seed < 300:
+        time.sleep(0.4)
     codes = [(seed + i) % 64 for i in range(16)]
     for count in (1, 8) if seed >= 1000 else (1, 8, 16):
         with lock:
