@@ -31,8 +31,8 @@ from autoregressive.models.engine import Engine
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.noise import ImageNoise
-from autoregressive.sample.pipeline import decode_codes
 from benchmarks.plain_decoder import plain_generate
+from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQ_16
 from utils.args import add_runtime_args, apply_threads, make_parser
 from utils.distributed import process_group

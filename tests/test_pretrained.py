@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.models.text_condition import text_attention_mask
-from autoregressive.sample.pipeline import decode_codes, encode_images, load_models
+from autoregressive.sample.pipeline import load_models
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.cards import EMOJI, bundled_cards, with_values
 from dataset.augmentation import eval_transform
 from dataset.openmoji import draw_png, list_emojis, split_emojis
 from evaluations.image_quality import psnr
+from tokenizer.coding import decode_codes, encode_images
 
 README = (EMOJI / "README.md").read_text()
 CPU = torch.device("cpu")

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.sample.pipeline import decode_codes
 from dataset.codes import read_array
 from dataset.imagenet import build_imagenet_code
 from dataset.packed import CaptionCodes, find_stores, read_manifest, sha256_of
 from tokenizer.build import add_vq_args, load_tokenizer
+from tokenizer.coding import decode_codes
 from utils import checkpoint
 from utils.args import add_seed_arg, make_parser
 from utils.errors import run

@@ -25,16 +25,10 @@ from autoregressive.sample import masks
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.editing import edit_codes, last_drawn, paste_outside, with_rest
 from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
-from autoregressive.sample.pipeline import (
-    OnToken,
-    add_model_args,
-    decode_codes,
-    encode_images,
-    load_models,
-    sampling_options,
-)
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sampling_options
 from dataset.augmentation import eval_transform
 from dataset.images import read_rgb
+from tokenizer.coding import decode_codes, encode_images
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run

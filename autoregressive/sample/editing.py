@@ -24,7 +24,8 @@ from torch import Tensor
 from autoregressive.models.engine import Engine
 from autoregressive.models.generate import Model, generate
 from autoregressive.sample.masks import as_pixels
-from autoregressive.sample.pipeline import decode_codes, encode_images, image_generators
+from autoregressive.sample.pipeline import image_generators
+from tokenizer.coding import decode_codes, encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.seeding import mix_seed
 

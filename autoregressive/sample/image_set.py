@@ -12,9 +12,10 @@ from torch import Tensor
 
 from autoregressive.build import checkpoint_tag
 from autoregressive.models.generate import Model
-from autoregressive.sample.pipeline import decode_codes, load_models, sample_codes
+from autoregressive.sample.pipeline import load_models, sample_codes
 from dataset.packed import sha256_of
 from evaluations.render import Drawn, beside, render
+from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads
 from utils.batches import is_out_of_memory

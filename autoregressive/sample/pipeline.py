@@ -143,27 +143,3 @@ def sample_codes(
     generators = None if seeds is None else image_generators(seeds, cond.device)
     options = {**sampling_options(args), **options}
     return generate(gpt, cond, gpt.block_size, generators=generators, on_token=on_token, **options)
-
-
-@torch.no_grad()
-def decode_codes(tokenizer: VQModel, codes: Tensor) -> Tensor:
-    """Pictures of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1]."""
-    edge = int(codes.shape[1] ** 0.5)
-    shape = (tokenizer.config.codebook_embed_dim, edge, edge)
-    return torch.cat([tokenizer.decode_code(part, (len(part), *shape)) for part in _parts(codes)])
-
-
-@torch.no_grad()
-def encode_images(tokenizer: VQModel, images: Tensor) -> Tensor:
-    """The codes int32 (B, N) of images (B, 3, H, W) in [-1, 1]."""
-    codes = torch.cat([tokenizer.encode(part)[2][2] for part in _parts(images)])
-    return codes.view(len(images), -1).to(torch.int32)
-
-
-def _parts(rows: Tensor) -> Sequence[Tensor]:
-    """Rows in the groups that go through a tokenizer together: 16 on a GPU, one on a CPU.
-
-    On a CPU a convolution rounds differently for a batch of one, and with one thread for 16 and more, and a picture is
-    not to depend on those it is drawn with. Nothing is lost: a batch of pictures of 256 pixels is no faster there.
-    """
-    return rows.split(1 if rows.device.type == "cpu" else 16)

@@ -22,7 +22,8 @@ from torch import Tensor
 from autoregressive.models.generate import Model
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
-from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sample_codes
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sample_codes
+from tokenizer.coding import decode_codes
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run

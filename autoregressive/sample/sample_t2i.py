@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from autoregressive.sample.painter import Painter, Subject, add_picture_args
-from autoregressive.sample.pipeline import OnToken, add_model_args, decode_codes, load_models, sample_codes
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sample_codes
 from autoregressive.sample.text import PROMPTS, TextConditions, add_text_args
 from dataset.prompts import read_prompts
+from tokenizer.coding import decode_codes
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run

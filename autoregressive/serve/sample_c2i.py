@@ -27,11 +27,12 @@ from autoregressive.build import add_gpt_args, latent_grid, load_gpt, require_nu
 from autoregressive.engine.build import make_engine
 from autoregressive.models.generate import generate
 from autoregressive.models.sampling import check_sampling
-from autoregressive.sample.pipeline import decode_codes, image_generators
+from autoregressive.sample.pipeline import image_generators
 from autoregressive.sample.sample_c2i import IMAGENET_LABELS
 from autoregressive.serve.export import export_checkpoint
 from autoregressive.serve.vllm_engine import vllm_installed
 from tokenizer.build import add_vq_args, load_tokenizer
+from tokenizer.coding import decode_codes
 from utils.args import add_seed_arg, make_parser
 from utils.distributed import process_group
 from utils.errors import run

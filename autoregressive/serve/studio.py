@@ -14,10 +14,11 @@ from torch import Tensor
 from autoregressive.models.engine import Engine
 from autoregressive.sample.editing import edit_codes, last_drawn
 from autoregressive.sample.masks import as_pixels
-from autoregressive.sample.pipeline import decode_codes, encode_images, load_models, sample_codes, sampling_options
+from autoregressive.sample.pipeline import load_models, sample_codes, sampling_options
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import Edit, Sampling
+from tokenizer.coding import decode_codes, encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.image import to_float, to_uint8
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoregressive.sample.pipeline import decode_codes
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.batching import LocalSource
 from autoregressive.serve.cards import Card, card_parser
@@ -33,6 +32,7 @@ from autoregressive.serve.requests import BadRequest, Event, Request
 from autoregressive.serve.studio import Job, partial_pictures
 from autoregressive.serve.workers import Batch, GivenUp, WorkerDied
 from tokenizer.build import load_tokenizer
+from tokenizer.coding import decode_codes
 from utils.distributed import process_group
 from utils.image import to_uint8
 

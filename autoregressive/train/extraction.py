@@ -29,7 +29,7 @@ from dataset.packed import SUFFIX, sha256_of
 from dataset.packing import SHARD_SIZE, PackedWriter
 from dataset.t2i import ListedImages
 from tokenizer.build import load_tokenizer
-from tokenizer.nearest import exact_arithmetic
+from tokenizer.coding import encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint
 from utils.args import apply_threads, num_workers
@@ -251,17 +251,10 @@ def _report_missing(missing: list[int]) -> None:
         print(f"{len(missing)} images could not be read and have no codes: {missing}", file=sys.stderr)
 
 
-@torch.no_grad()
 def encode_crops(tokenizer: VQModel, crops: Tensor) -> Tensor:
-    """Codes of crops (B, A, 3, S, S) in [-1, 1]: int64 (B, A, N), in full float32 whatever the surroundings.
-
-    Convolutions run without TF32 and by algorithms that do not depend on timing: a code must not depend on the images
-    that share its batch, nor on the GPU.
-    """
+    """Codes of crops (B, A, 3, S, S) in [-1, 1]: int64 (B, A, N). A GPU takes all of them at once."""
     batch, views = crops.shape[:2]
-    with exact_arithmetic(crops.device.type):
-        _, _, (_, _, indices) = tokenizer.encode(crops.flatten(0, 1).float())
-    return indices.view(batch, views, -1)
+    return encode_images(tokenizer, crops.flatten(0, 1), batch * views).view(batch, views, -1).long()
 
 
 def _common_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, default_collate
 
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
-from autoregressive.sample.pipeline import decode_codes
 from autoregressive.train.inputs import Inputs
 from autoregressive.train.validation import reshard
+from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.distributed import is_main
 from utils.precision import autocast

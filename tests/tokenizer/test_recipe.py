@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-from autoregressive.sample.pipeline import decode_codes
 from autoregressive.train.extraction import encode_crops
 from tests.commands.shell import make_images
 from tests.tokenizer.builders import tiny_vq
 from tokenizer.build import add_vq_args, load_tokenizer
+from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image import recipe, train_step, vq_train
 from tokenizer.tokenizer_image.evaluation import evaluate_reconstruction
 from tokenizer.tokenizer_image.lpips import vgg16

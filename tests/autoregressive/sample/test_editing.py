@@ -14,8 +14,9 @@ from autoregressive.sample.editing import (
     paste_outside,
     with_rest,
 )
-from autoregressive.sample.pipeline import encode_images, image_generators
+from autoregressive.sample.pipeline import image_generators
 from tests.autoregressive.models.tiny import random_model
+from tokenizer.coding import encode_images
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 GPT = random_model(block_size=16)

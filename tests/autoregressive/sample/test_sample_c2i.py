@@ -7,9 +7,8 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.painter import class_ids
-from autoregressive.sample.pipeline import decode_codes, encode_images, sampling_options
+from autoregressive.sample.pipeline import sampling_options
 from autoregressive.sample.sample_c2i import codes_of, parser
-from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SAMPLING = {"cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -47,19 +46,6 @@ def test_legacy_draws_are_those_of_the_global_generator(gpt):
     torch.manual_seed(7)
     expected = generate(gpt, labels, 16, sample_logits=True, **SAMPLING)
     assert torch.equal(draw(gpt, labels, arguments("--seed", "7", "--legacy-rng")), expected)
-
-
-@pytest.mark.parametrize(("name", "edge"), [("VQ-16", 32), ("VQ-4-S", 8)])
-def test_a_picture_does_not_depend_on_those_it_is_decoded_with(name, edge):
-    """Convolutions round differently for one picture, and on one thread for 16; a wide tokenizer shows both."""
-    torch.manual_seed(0)
-    tokenizer = VQ_models[name]().eval().to(memory_format=torch.channels_last)
-    codes = torch.randint(512, (16, 4), dtype=torch.int32)
-    whole = decode_codes(tokenizer, codes)
-    assert whole.shape == (16, 3, edge, edge)
-    for size in (1, 3, 15):
-        assert torch.equal(torch.cat([decode_codes(tokenizer, part) for part in codes.split(size)]), whole)
-    assert torch.equal(encode_images(tokenizer, whole[3:4]), encode_images(tokenizer, whole)[3:4])
 
 
 def test_settings_that_mean_nothing_are_refused():

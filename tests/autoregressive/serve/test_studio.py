@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.sample.pipeline import decode_codes, load_models, sample_codes
+from autoregressive.sample.pipeline import load_models, sample_codes
 from autoregressive.serve import studio as studio_module
 from autoregressive.serve.requests import Edit, Sampling
 from autoregressive.serve.studio import Job, Studio, partial_pictures
 from tests.autoregressive.serve.tiny import tiny_cards
+from tokenizer.coding import decode_codes
 from utils.image import to_uint8
 
 CPU = torch.device("cpu")

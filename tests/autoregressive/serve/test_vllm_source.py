@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.sample.pipeline import decode_codes, load_models
+from autoregressive.sample.pipeline import load_models
 from autoregressive.serve import vllm_source as module
 from autoregressive.serve.cards import card_of_args, card_parser
 from autoregressive.serve.requests import BadRequest, Drawn, Edit, Failed, Progress, Request, Sampling
@@ -21,6 +21,7 @@ from autoregressive.serve.studio import Job, Studio
 from autoregressive.serve.vllm_source import vllm_python, vllm_source, why_not
 from autoregressive.serve.workers import GivenUp
 from tests.autoregressive.serve.tiny import tiny_cards
+from tokenizer.coding import decode_codes
 from utils.image import to_uint8
 
 PLAIN = Sampling(cfg_scale=3.0, top_k=20, top_p=1.0, temperature=0.8)
