@@ -34,7 +34,7 @@ def decode_codes(tokenizer: VQModel, codes: Tensor) -> Tensor:
 def _parts(rows: Tensor, batch_size: int) -> Sequence[Tensor]:
     """Rows in the groups that go through a tokenizer together: on a CPU one at a time.
 
-    There a convolution rounds differently for a batch of one, and with one thread for 16 and more. Nothing is lost: a
-    batch of pictures of 256 pixels is no faster.
+    There a convolution rounds differently for a batch of one, and with one thread for 16 and more. A batch of pictures
+    of 256 pixels would be no faster; one of 64 pixels would save two or three milliseconds a picture.
     """
     return rows.split(1 if rows.device.type == "cpu" else batch_size)
