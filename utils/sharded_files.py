@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,8 @@ class _Reader(FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         found = None
         if module == "torch.distributed.checkpoint.metadata" or (module, name) in _ALLOWED:
             found = super().find_class(module, name)
@@ -214,6 +217,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         if found is None or ((module, name) not in _ALLOWED and getattr(found, "__module__", None) != module):
             raise pickle.UnpicklingError(f"{module}.{name} has no place there")
         return found
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """All that `getattr` is for in there: Python 3.11.0 to 3.11.3 write the members of an enum with it."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr of {kind!r} has no place there")
 
 
 _ALLOWED = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.train import train_c2i, train_c2i_fsdp
@@ -173,10 +174,13 @@ def test_established_folders_of_the_sharded_trainer(codes, tmp_path):
 
 
 class Hostile:
-    """Runs a command when unpickled."""
+    """Calls a function when unpickled."""
+
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return os.system, ("touch hostile-code-ran",)
+        return self.call[0], self.call[1:]
 
 
 def copy_of(sharded: Path, tmp_path: Path) -> Path:
@@ -186,10 +190,29 @@ def copy_of(sharded: Path, tmp_path: Path) -> Path:
 def test_hostile_lists_of_tensors_are_refused_and_not_run(sharded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hostile = copy_of(sharded, tmp_path)
-    (hostile / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"posix\.system has no place there"):
-        checkpoint.read(hostile)
+    for content, message in (
+        (Hostile(os.system, "touch hostile-code-ran"), r"posix\.system has no place there"),
+        (Hostile(getattr, Metadata, "__init__"), "getattr of <class .*Metadata'> has no place there"),
+    ):
+        (hostile / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            checkpoint.read(hostile)
     assert not Path("hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "reduced",
+    [lambda one, _: (type(one), (one.value,)), lambda one, _: (getattr, (type(one), one.name))],
+    ids=["by its value", "by its name"],
+)
+def test_lists_of_tensors_of_any_python_are_read(sharded, tmp_path, monkeypatch, reduced):
+    """Python 3.11.0 to 3.11.3 write members of an enum by their names."""
+    copy = copy_of(sharded, tmp_path)
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    weights, expected = checkpoint.read(copy)["model"], checkpoint.read(sharded)["model"]
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_damaged_and_incomplete_sharded_checkpoints_are_said(sharded, tmp_path):
