@@ -62,17 +62,22 @@ class Served:
         return httpx.get(f"{self.address}/health").json()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("server")
-
-
-@pytest.fixture(scope="module")
-def served(folder):
+def serve(folder):
     served = Served(folder)
     yield served
     if served.process.poll() is None:
         served.process.kill()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    yield from serve(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture
+def to_stop(tmp_path):
+    """A server of its own: other tests, in whatever order, go on with theirs."""
+    yield from serve(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +153,22 @@ def test_memory_does_not_grow_with_requests(served):
 
 
 @pytest.mark.slow
-def test_it_stops_in_good_order_under_load(served):
-    outcomes, worker = [], served.worker()
+def test_it_stops_in_good_order_under_load(to_stop):
+    outcomes, worker = [], to_stop.worker()
 
     async def load():
-        task = asyncio.create_task(crowd(served.address, 20, 50, outcomes))
+        task = asyncio.create_task(crowd(to_stop.address, 20, 50, outcomes))
         while len(outcomes) < 20:
             await asyncio.sleep(0.01)
-        served.process.send_signal(signal.SIGTERM)
+        to_stop.process.send_signal(signal.SIGTERM)
         await task
 
     asyncio.run(load())
-    assert served.process.wait(40) == 0
+    assert to_stop.process.wait(40) == 0
     # what was begun is there, the rest was told; afterwards nobody answers, or closes the connection that was kept
     assert set(outcomes) <= {200, 503, "ConnectError", "RemoteProtocolError", "ReadError"}
     assert outcomes.count(200) > 20 and "ConnectError" in outcomes
-    assert "Traceback" not in served.log.read_text() and served.log.read_text().endswith("stopped\n")
+    assert "Traceback" not in to_stop.log.read_text() and to_stop.log.read_text().endswith("stopped\n")
     for _ in range(200):
         if not Path(f"/proc/{worker}").exists():
             break
