@@ -1,4 +1,4 @@
-"""Images to codes and back, so that neither depends on what else is in the batch."""
+"""Images to codes and back; on a CPU neither depends on what else is in the batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 def encode_images(tokenizer: VQModel, images: Tensor, batch_size: int = 16) -> Tensor:
     """The codes int32 (B, N) of images (B, 3, H, W) in [-1, 1], in full float32 whatever the surroundings.
 
-    A GPU takes `batch_size` images at a time. Convolutions run without TF32 and by algorithms that do not depend on
-    timing: a code must not depend on the images that share its batch, nor on the GPU.
+    A GPU takes `batch_size` images at a time, without TF32 and by convolutions that do not depend on timing.
     """
     with exact_arithmetic(images.device.type):
         codes = torch.cat([tokenizer.encode(part)[2][2] for part in _parts(images.float(), batch_size)])
@@ -34,7 +33,7 @@ def decode_codes(tokenizer: VQModel, codes: Tensor) -> Tensor:
 def _parts(rows: Tensor, batch_size: int) -> Sequence[Tensor]:
     """Rows in the groups that go through a tokenizer together: on a CPU one at a time.
 
-    There a convolution rounds differently for a batch of one, and with one thread for 16 and more. A batch of pictures
+    There a convolution rounds differently for a batch of one, and with one thread for 16. A batch of pictures
     of 256 pixels would be no faster; one of 64 pixels would save two or three milliseconds a picture.
     """
     return rows.split(1 if rows.device.type == "cpu" else batch_size)

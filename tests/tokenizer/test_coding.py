@@ -1,4 +1,4 @@
-"""Codes and pictures do not depend on what else is in the batch, on any number of threads."""
+"""Codes and pictures do not depend on what else is in the batch, with one thread or two."""
 
 import pytest
 import torch
@@ -6,7 +6,15 @@ import torch
 from tokenizer.coding import decode_codes, encode_images
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
-SIZES = (1, 3, 15, 16)  # one thread rounds differently for 1 and from 16 on, more threads for 1
+SIZES = (1, 3, 15, 16)  # one thread rounds differently for 1 and 16, two threads for 1
+
+
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["VQ-16", "VQ-4-S"])  # a wide one, and a narrow one

@@ -121,7 +121,7 @@ def test_a_picture_that_kills_the_process_twice_fails_alone(cards, source):
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_who_waits_for_a_turn_may_give_up(again):
+def test_a_picture_that_is_drawn_again_is_alone_and_who_waits_for_it_may_give_up(again):
     turns, order = module._Turns(), []
 
     def draw(again, given_up=False):
