@@ -20,15 +20,20 @@ _SERVER.set_forkserver_preload(["torch.distributed.fsdp", "autoregressive.train.
 ForkingPickler.register(ModuleType, lambda module: (importlib.import_module, (module.__name__,)))
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on, for processes that have to meet: tests run beside each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def in_processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns in each of `world` processes, under the variables that torchrun would set.
 
     A process alone has none of them. The function and its arguments are sent there: modules, paths and plain values. An
     error in one of them fails the test.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [_SERVER.Pipe(duplex=False) for _ in range(world)]
     members = [
         _SERVER.Process(target=_member, args=(rank, world, port, pipe[1], function, args))

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -28,6 +27,7 @@ from tests.commands.shell import (
     make_images,
     run,
 )
+from tests.processes import free_port
 from tests.tiny_t5 import make_tiny_t5
 from utils import checkpoint
 
@@ -106,16 +106,14 @@ def test_stage(command, data, tmp_path):
     )
     if "extract" in command:
         line = line.replace("codes_flip_ten_crop", "new_codes")
-    env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}", "master_port": "29617"}
+    env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}", "master_port": str(free_port())}
     done = subprocess.run(line, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("command", SERVERS)
 def test_servers_start_with_the_models_that_come_along_and_stop(command):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {**environment(), "PATH": f"{sys.prefix}/bin:{environment()['PATH']}"}
     line = [*shlex.split(command), "--port", str(port)]
     process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 VQ_TRAIN = "tokenizer/tokenizer_image/vq_train.py"
@@ -41,9 +42,7 @@ def command_line(script: str, *flags: object, processes: int = 1) -> list[str]:
     """The command for one process, or for several under torchrun."""
     if processes == 1:
         return [sys.executable, script, *map(str, flags)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     return [*launcher, script, *map(str, flags)]
 

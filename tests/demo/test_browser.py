@@ -30,6 +30,7 @@ from tests.autoregressive.serve.http import serving
 from tests.autoregressive.serve.tiny import tiny_card_files
 from tests.commands.shell import ROOT, environment
 from tests.demo.browser import CHROMIUM, DRIVER, Visitor, shown, start_browser
+from tests.processes import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,9 +64,7 @@ def url(card_files):
 @contextlib.contextmanager
 def page_of(*flags):
     """The address of the page of a process `python app.py`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     line = [sys.executable, str(ROOT / "app.py"), *flags, "--port", str(port)]
     app = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}/"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
 
 from evaluations.features import PictureStatistics, feature_statistics, frechet, rank_share
 from evaluations.metrics import frechet_distance_of_features, inception_score
+from tests.processes import free_port
 from utils.distributed import process_group
 
 COUNT = 23
@@ -129,9 +129,7 @@ def _rank(rank: int, world: int, port: int, count: int, results) -> None:
 def on_processes(world: int, count: int) -> list[tuple]:
     """What each of `world` processes gets; forked, so that nothing is imported again."""
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     results = context.SimpleQueue()
     ranks = [context.Process(target=_rank, args=(rank, world, port, count, results)) for rank in range(world)]
     for process in ranks:

@@ -18,6 +18,7 @@ from evaluations.metrics import kernel_distance, precision_recall
 from tests.autoregressive.sample.tiny import tiny_models
 from tests.commands.shell import ROOT, environment
 from tests.golden import FOLDER
+from tests.processes import free_port
 from utils.files import sha256_of
 from utils.results_table import read_table
 
@@ -128,7 +129,7 @@ def test_what_auto_chooses(monkeypatch):
 def test_the_script_on_two_processes_gives_the_row_of_one(tiny, reference, tmp_path):
     alone = measured(tiny, reference, tmp_path / "one", "--features", "lite0")
     line = ["bash", ROOT / "scripts/autoregressive/evaluate_c2i.sh", *words(tiny, reference, tmp_path / "two")]
-    env = environment() | {"nproc_per_node": "2", "master_port": "29641", "PATH": os.environ["PATH"]}
+    env = environment() | {"nproc_per_node": "2", "master_port": str(free_port()), "PATH": os.environ["PATH"]}
     subprocess.run([*line, "--features", "lite0"], env=env, cwd=tmp_path, check=True, capture_output=True, timeout=300)
     _, (row,) = read_table(tmp_path / "two/table.csv")
     assert row["processes"] == "2" and row["checkpoint"] == alone["checkpoint"]
