@@ -1,0 +1,31 @@
+"""The sections in the order they run. Each is `run(context)` in the module of its name, in a process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Section:
+    """`seconds` is the limit on a GPU. Sections that are not `timed` run several at a time: nothing is timed in them."""
+
+    name: str
+    seconds: float
+    timed: bool = True
+
+
+SECTIONS = (
+    Section("probe", 30),
+    Section("goldens", 70, timed=False),
+    Section("kernels", 70, timed=False),
+    Section("engines", 90, timed=False),
+    Section("optimization", 80, timed=False),
+    Section("sharded", 60, timed=False),
+    Section("decode", 150),
+    Section("images", 40),
+    Section("training", 140),
+    Section("tokenizer", 50),
+    Section("evaluator", 25),
+    Section("extraction", 30),
+    Section("serving", 30),
+)
