@@ -145,8 +145,8 @@ class NativeEngine(Engine):
         self._packed_from: tuple[tuple[int, int], ...] = ()
         self._native_cache: NativeCache | None = None
 
-    def warm_up(self) -> None:
-        """Pack the weights."""
+    def warm_up(self, images: int = 1, **options: Any) -> None:
+        """Pack the weights, whatever the batch will be."""
         _ = self.packed
 
     @property

@@ -1,72 +1,67 @@
 """Decoding with fixed shapes and addresses, for GPUs: compiled blocks, and every step replayed as one CUDA graph.
 
 Nothing in a step is decided in Python: the position, the guidance scale, the temperature, the noise and the tokens are
-tensors that the step itself reads and advances, and the token is drawn inside it. So a step can be captured once and
-replayed without the host waiting for anything. Attention reads a prefix of the cache that is rounded up to a bucket;
-each bucket has a graph of its own.
+tensors that the step itself reads and advances, and the token is sampled inside it. So a step can be recorded once and
+replayed without the host waiting for anything. Batches are filled up to a few sizes, and attention reads a prefix of
+the cache that is rounded up to a bucket; each size and bucket has a graph of its own, kept for later generations.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoregressive.engine.cuda_graphs import CudaGraphs, Pace, Step
 from autoregressive.engine.weight_only import int8_copy, sharing_copy
-from autoregressive.models.cache import DecodeCache
+from autoregressive.models.cache import DecodeCache, FixedCache
 from autoregressive.models.engine import Engine
-from autoregressive.models.generate import decode_n_tokens
+from autoregressive.models.generate import OnToken, decode_n_tokens, generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.guidance import null_rows_needed
 from autoregressive.models.noise import ImageNoise, exponential_noise
 from autoregressive.models.sampling import logits_to_probs
 
-_BUCKETS = 5
+_BUCKET = 128  # positions; masks of other lengths than multiples of 8 are copied by the attention kernels
 
 
-class StaticCache(DecodeCache):
-    """Caches whose filled length is known to tensors alone while `fixed`; else like any other."""
-
-    fixed = False
-
-    def extend(self, rows: int, count: int) -> Tensor | None:
-        """Nothing to do while fixed: positions and mask come with the call."""
-        return None if self.fixed else super().extend(rows, count)
+def padded_batch(images: int) -> int:
+    """The number of images that a batch is filled up to: a power of two up to 64, then a multiple of 64."""
+    return 1 << (images - 1).bit_length() if images <= 64 else -(-images // 64) * 64
 
 
 @dataclass(frozen=True)
-class StepKind:
-    """What is fixed in a captured step."""
+class GraphKey:
+    """What is fixed in a recorded step."""
 
-    images: int
-    with_null: bool
+    images: int  # after padding
+    with_uncond: bool
     keys: int  # positions that attention reads
     masked: bool
     sampling: tuple[tuple[str, Any], ...]
 
 
 @dataclass
-class StepState:
-    """What a step reads and advances; N is the number of tokens to decode."""
+class DecodeBuffers:
+    """What the steps of one padded batch size B read and advance; N is the number of tokens of a whole image."""
 
     x: Tensor  # int64 (B, 1), the token to feed
     position: Tensor  # int64 (1,), where it stands
-    index: Tensor  # int64 (1,), which of the N tokens is drawn
-    tokens: Tensor  # int64 (B, N), what was drawn
-    given: Tensor  # int64 (B, N), -1 where nothing is given
+    index: Tensor  # int64 (1,), which of the tokens is sampled
+    tokens: Tensor  # int64 (B, N), what was sampled
+    forced_tokens: Tensor  # int64 (B, N), -1 where none is
     scales: Tensor  # float32 (N,), guidance
-    heat: Tensor  # float32 (N,), temperatures
+    temperatures: Tensor  # float32 (N,)
     seeds: Tensor  # int64 (B,)
-    noise_from: Tensor  # int64 (1,), position of the noise of the first of the N tokens
-    key_mask: Tensor  # bool (rows, positions)
+    noise_from: Tensor  # int64 (1,), position of the noise of the first token
+    key_mask: Tensor  # bool (2B, positions), False where a caption is padded
+    first_key: Tensor  # int64 (2B,), where `key_mask` begins to be True
 
     @classmethod
-    def allocate(cls, images: int, rows: int, count: int, positions: int, device: torch.device) -> StepState:
+    def allocate(cls, images: int, count: int, positions: int, device: torch.device) -> DecodeBuffers:
         """Buffers for `count` tokens of `images`."""
         whole = {"dtype": torch.int64, "device": device}
         return cls(
@@ -74,26 +69,49 @@ class StepState:
             position=torch.zeros(1, **whole),
             index=torch.zeros(1, **whole),
             tokens=torch.zeros(images, count, **whole),
-            given=torch.full((images, count), -1, **whole),
+            forced_tokens=torch.full((images, count), -1, **whole),
             scales=torch.ones(count, device=device),
-            heat=torch.ones(count, device=device),
+            temperatures=torch.ones(count, device=device),
             seeds=torch.zeros(images, **whole),
             noise_from=torch.zeros(1, **whole),
-            key_mask=torch.ones(rows, positions, dtype=torch.bool, device=device),
+            key_mask=torch.ones(2 * images, positions, dtype=torch.bool, device=device),
+            first_key=torch.zeros(2 * images, **whole),
         )
 
-    def rewind(self, x: Tensor, position: Tensor, index: Tensor) -> None:
-        """Back to an earlier step; what it and later ones wrote is written again."""
-        self.x.copy_(x), self.position.copy_(position), self.index.copy_(index)
+    def start(self, x: Tensor, position: Tensor, scales: list[float], temperatures: list[float]) -> None:
+        """Begin with tokens `x` (images, 1) at `position`; rows beyond these images keep what they hold."""
+        self.x[: len(x)], self.index[:] = x, 0
+        self.position.copy_(position)
+        self.scales[: len(scales)] = torch.tensor(scales, device=x.device)
+        self.temperatures[: len(temperatures)] = torch.tensor(temperatures, device=x.device).clamp(min=1e-5)
+
+    def force(self, tokens: Tensor | None) -> None:
+        """Tokens (images, n) to put in place of the sampled ones, -1 where none is; None: none at all."""
+        self.forced_tokens.fill_(-1)
+        if tokens is not None:
+            self.forced_tokens[: tokens.shape[0], : tokens.shape[1]] = tokens
+
+    def mask_keys(self, key_mask: Tensor | None, images: int) -> None:
+        """The mask (images or 2 * images, n) of [conditional; unconditional] rows."""
+        self.key_mask.fill_(True)
+        if key_mask is not None:
+            size = len(self.x)
+            for half, rows in enumerate(key_mask.split(images)):
+                self.key_mask[half * size : half * size + images, : rows.shape[1]] = rows
+        self.first_key.copy_(self.key_mask.int().argmax(dim=1))
+
+    def seed(self, noise: ImageNoise) -> None:
+        """Take the noise from where it stands."""
+        self.seeds[: len(noise.seeds)] = noise.seeds
+        self.noise_from.fill_(noise.position)
 
 
 class StaticEngine(Engine):
-    """Compiled blocks and, on a GPU, captured steps; caches always have room for a whole image.
+    """Compiled blocks and, on a GPU, recorded steps; caches always have room for a whole image.
 
-    Draws with counted noise (`ImageNoise`) or greedily; with other generators it computes as the plain engine does.
+    Samples with counted noise (`ImageNoise`) or greedily; with other generators it computes as the plain engine does.
     `quantize` "int8" holds the matrices as int8 and computes in the model's format. The model itself is left as it is.
-    `compile_blocks` False leaves the blocks as they are. Graphs are kept by shape and options, so later generations
-    start at once; `ready_seconds` counts what preparing them has taken so far.
+    `compile_blocks` False leaves the blocks as they are. `ready_seconds` counts what preparing steps has taken so far.
     """
 
     name = "compiled"
@@ -101,26 +119,43 @@ class StaticEngine(Engine):
     def __init__(self, model: Transformer, quantize: str = "none", compile_blocks: bool = True) -> None:
         super().__init__(int8_copy(model) if quantize == "int8" else sharing_copy(model))
         self.ready_seconds = 0.0
-        self._state: StepState | None = None
-        self._steps: dict[StepKind, Callable[[], None]] = {}
-        self._pool: Any = None
+        self._buffers: dict[int, DecodeBuffers] = {}
+        self._steps: dict[GraphKey, Step] = {}
+        self._fixed: dict[tuple[int, int], FixedCache] = {}
+        on_gpu = self.model.tok_embeddings.weight.device.type == "cuda"
+        self._graphs: CudaGraphs | None = CudaGraphs() if on_gpu else None
         if compile_blocks:
             torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
             for layer in self.model.layers:
                 layer.compile()
 
+    @property
+    def positions(self) -> int:
+        """Positions of the condition and of a whole image."""
+        return self.model.cls_token_num + self.model.block_size
+
     def new_cache(
         self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None
-    ) -> StaticCache:
-        """Empty caches for whole images; graphs live as long as these are large enough."""
-        positions = self.model.cls_token_num + self.model.block_size
-        if self._cache is None or not self._cache.fits(rows, positions, dtype, device):
-            self._cache = self._state = self._pool = None
-            self._steps.clear()
-            self._cache = StaticCache.allocate(self.model.config, rows, positions, dtype, device)
-        cache = self._cache
-        cache.fixed, cache.length, cache.key_mask = False, 0, key_mask
-        return cache
+    ) -> DecodeCache:
+        """Empty caches for whole images of a padded batch; graphs live as long as these are large enough."""
+        rows = 2 * padded_batch(-(-rows // 2))
+        if self._cache is None or not self._cache.fits(rows, self.positions, dtype, device):
+            self._cache = None
+            self._steps.clear(), self._fixed.clear(), self._buffers.clear()
+            if self._graphs is not None:
+                self._graphs.forget()
+        return super().new_cache(rows, self.positions, dtype, device, key_mask)
+
+    def warm_up(self, images: int = 1, **options: Any) -> None:
+        """Prepare the steps of batches of `images` sampled with `options` of `generate`."""
+        device = self.model.tok_embeddings.weight.device
+        if self.model.model_type == "c2i":
+            cond, mask = torch.zeros(images, dtype=torch.int64, device=device), None
+        else:
+            width = self.model.config.caption_dim
+            cond = torch.zeros(images, self.model.cls_token_num, width, device=device)
+            mask = torch.ones(cond.shape[:2], dtype=torch.int64, device=device)
+        generate(self, cond, 2, mask, generators=ImageNoise(range(images), device), **options)
 
     def decode_n_tokens(
         self,
@@ -130,145 +165,116 @@ class StaticEngine(Engine):
         *,
         scales: list[float],
         heat: list[float],
-        cache: StaticCache,
+        cache: DecodeCache,
         given: Tensor | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: OnToken | None = None,
         out: Tensor | None = None,
         generators: Any = None,
         **sampling: Any,
     ) -> Tensor:
-        """As `generate.decode_n_tokens`, one replay per token; `on_token` is called when a step has been queued."""
+        """As `generate.decode_n_tokens`, one replay per token; `on_token` follows the device by at most 32 steps."""
         if out is None:
             out = cur_token.new_empty(len(cur_token), num_new_tokens)
-        drawn = sampling.get("sample_logits", True)
-        if num_new_tokens == 0 or (drawn and not isinstance(generators, ImageNoise)):
+        sampled = sampling.get("sample_logits", True)
+        if num_new_tokens == 0 or (sampled and not isinstance(generators, ImageNoise)):
             return decode_n_tokens(
                 self, cur_token, input_pos, num_new_tokens, 1.0, -1, scales=scales, heat=heat, cache=cache,
                 given=given, on_token=on_token, out=out, generators=generators, **sampling,
             )  # fmt: skip
-        state = self._fill_state(cur_token, input_pos, num_new_tokens, scales, heat, cache, given, generators)
-        null_steps, first = null_rows_needed(scales), cache.length
-        cache.fixed = True
+        images, first, uncond_steps = len(cur_token), cache.length, null_rows_needed(scales[:num_new_tokens])
+        buffers = self._buffers_for(images, cur_token.device)
+        buffers.start(cur_token, input_pos, scales[:num_new_tokens], heat[:num_new_tokens])
+        buffers.force(given)
+        buffers.mask_keys(cache.key_mask, images)
+        if sampled:
+            buffers.seed(generators)
+            generators.position += num_new_tokens
+        if uncond_steps:
+            _move_uncond_rows(cache, images, len(buffers.x))
+        options, pace = tuple(sorted(sampling.items())), Pace(cur_token.device)
+        masked = cache.key_mask is not None
         for step in range(num_new_tokens):
-            kind = StepKind(
-                images=len(cur_token),
-                with_null=step < null_steps,
-                keys=self._bucket(first + step + 1),
-                masked=cache.key_mask is not None,
-                sampling=tuple(sorted(sampling.items())),
-            )
-            self._step(kind, state, cache)()
+            keys = self._keys(first + step + 1)
+            self._step(GraphKey(len(buffers.x), step < uncond_steps, keys, masked, options), buffers)()
             if on_token is not None:
-                out[:, step] = state.tokens[:, step]
+                out[:, step] = buffers.tokens[:images, step]
+                pace()
                 on_token(step + 1)
         cache.length = first + num_new_tokens
-        return out.copy_(state.tokens[:, :num_new_tokens])
+        return out.copy_(buffers.tokens[:images, :num_new_tokens])
 
-    def _bucket(self, keys: int) -> int:
-        """The number of positions that attention reads where `keys` are filled."""
-        positions = self.model.cls_token_num + self.model.block_size
-        size = -(-positions // _BUCKETS)
-        return min(-(-keys // size) * size, positions)
+    def _keys(self, filled: int) -> int:
+        """The number of positions that attention reads where `filled` are."""
+        return min(-(-filled // _BUCKET) * _BUCKET, self.positions)
 
-    def _fill_state(
-        self,
-        cur_token: Tensor,
-        input_pos: Tensor,
-        count: int,
-        scales: list[float],
-        heat: list[float],
-        cache: StaticCache,
-        given: Tensor | None,
-        noise: ImageNoise | None,
-    ) -> StepState:
-        images, device = len(cur_token), cur_token.device
-        rows, _, positions, _ = cache.layers[0].k_cache.shape
-        if self._state is None or len(self._state.x) != images:
-            self._steps.clear()
-            self._state = StepState.allocate(images, rows, self.model.block_size, positions, device)
-        state = self._state
-        state.rewind(cur_token, input_pos, torch.zeros_like(input_pos))
-        state.scales[:count] = torch.tensor(scales[:count], device=device)
-        state.heat[:count] = torch.tensor(heat[:count], device=device).clamp(min=1e-5)
-        state.given.fill_(-1)
-        if given is not None:
-            state.given[:, :count] = given
-        if cache.key_mask is not None:
-            seen = cache.key_mask
-            state.key_mask.fill_(True)
-            state.key_mask[: seen.shape[0], : seen.shape[1]] = seen
-        if isinstance(noise, ImageNoise):
-            state.seeds.copy_(noise.seeds), state.noise_from.fill_(noise.position)
-            noise.position += count
-        return state
+    def _buffers_for(self, images: int, device: torch.device) -> DecodeBuffers:
+        size = padded_batch(images)
+        if size not in self._buffers:
+            self._buffers[size] = DecodeBuffers.allocate(size, self.model.block_size, self.positions, device)
+        return self._buffers[size]
 
-    def _step(self, kind: StepKind, state: StepState, cache: StaticCache) -> Callable[[], None]:
+    def _step(self, key: GraphKey, buffers: DecodeBuffers) -> Step:
         """What runs one step of this kind: a graph on a GPU, else the step itself."""
-        for layer in cache.layers:
-            layer.length = kind.keys
-        if kind not in self._steps:
+        if key not in self._steps:
             started = time.perf_counter()
-            self._steps[kind] = self._prepare(kind, state, cache)
+            self._steps[key] = self._prepare(key, buffers)
             self.ready_seconds += time.perf_counter() - started
-        return self._steps[kind]
+        return self._steps[key]
 
-    def _prepare(self, kind: StepKind, state: StepState, cache: StaticCache) -> Callable[[], None]:
-        def run() -> None:
-            self.advance(kind, state, cache)
+    def _prepare(self, key: GraphKey, buffers: DecodeBuffers) -> Step:
+        rows = key.images * (2 if key.with_uncond else 1)
+        if (rows, key.keys) not in self._fixed:
+            self._fixed[rows, key.keys] = self._cache.fixed(rows, key.keys)  # type: ignore[union-attr]
+        cache = self._fixed[rows, key.keys]
 
-        return self._capture(run, state) if state.x.device.type == "cuda" else run
+        def step() -> None:
+            self.advance(key, buffers, cache)
 
-    def _capture(self, run: Callable[[], None], state: StepState) -> Callable[[], None]:
-        """`run` as a CUDA graph, or as it is where it cannot be captured."""
-        before = state.x.clone(), state.position.clone(), state.index.clone()
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # compiles, chooses kernels, allocates work space
-                    run()
-                    state.rewind(*before)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                run()
-            self._pool = self._pool or graph.pool()
-            return graph.replay
-        except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            logging.getLogger("llamagen").warning("steps run without a CUDA graph: %s", error)
-            return run
-        finally:
-            state.rewind(*before)
+        if self._graphs is None:
+            return step
+        before = buffers.x.clone(), buffers.position.clone(), buffers.index.clone()
 
-    def advance(self, kind: StepKind, state: StepState, cache: StaticCache) -> None:
-        """One step: feed state.x, draw, write down, move on. Only tensors change."""
-        x = torch.cat([state.x, state.x]) if kind.with_null else state.x
-        keys = torch.arange(kind.keys, device=x.device)
-        mask = (keys <= state.position)[None, None, None]
-        if kind.masked:
-            own = state.key_mask[: len(x), None, None, : kind.keys]
-            mask = (mask & own) | (keys == state.position)
-        logits, _ = self.model(x, None, state.position, mask=mask, cache=cache)
+        def rewind() -> None:
+            buffers.x.copy_(before[0]), buffers.position.copy_(before[1]), buffers.index.copy_(before[2])
+
+        return self._graphs.record(step, rewind)
+
+    def advance(self, key: GraphKey, buffers: DecodeBuffers, cache: FixedCache) -> None:
+        """One step: feed buffers.x, sample, write down, move on. Only tensors change."""
+        x = torch.cat([buffers.x, buffers.x]) if key.with_uncond else buffers.x
+        keys = torch.arange(key.keys, device=x.device)
+        mask = (keys <= buffers.position)[None, None, None]
+        if key.masked:
+            own = buffers.key_mask[: len(x), None, None, : key.keys]
+            mask = (mask & own) | (keys == buffers.position)
+        logits, _ = self.model(x, None, buffers.position, mask=mask, cache=cache)
         logits = logits[:, -1]
-        if kind.with_null:
+        if key.with_uncond:
             cond, uncond = logits.chunk(2)
-            scale = state.scales[state.index]
+            scale = buffers.scales[buffers.index]
             logits = torch.where(scale > 1, uncond + scale * (cond - uncond), cond)
-        drawn = self._draw(logits / state.heat[state.index], state, dict(kind.sampling))
-        given = state.given.gather(1, state.index.expand(len(drawn), 1))
-        drawn = torch.where(given < 0, drawn, given)
-        state.tokens.scatter_(1, state.index.expand(len(drawn), 1), drawn)
-        state.x.copy_(drawn)
-        state.position.add_(1)
-        state.index.add_(1)
+        sampled = self._sample(logits / buffers.temperatures[buffers.index], buffers, dict(key.sampling))
+        forced = buffers.forced_tokens.gather(1, buffers.index.expand(len(sampled), 1))
+        sampled = torch.where(forced < 0, sampled, forced)
+        buffers.tokens.scatter_(1, buffers.index.expand(len(sampled), 1), sampled)
+        buffers.x.copy_(sampled)
+        buffers.position.add_(1)
+        buffers.index.add_(1)
 
     @staticmethod
-    def _draw(logits: Tensor, state: StepState, sampling: dict[str, Any]) -> Tensor:
+    def _sample(logits: Tensor, buffers: DecodeBuffers, sampling: dict[str, Any]) -> Tensor:
         """Tokens int64 (B, 1) of logits (B, V) that are divided by the temperature already."""
         if not sampling.pop("sample_logits", True):
             return logits.argmax(dim=-1, keepdim=True)
         probs = logits_to_probs(logits, **sampling)
-        noise = exponential_noise(state.seeds, state.noise_from + state.index, logits.shape[-1])
+        noise = exponential_noise(buffers.seeds, buffers.noise_from + buffers.index, logits.shape[-1])
         return (probs / noise).argmax(dim=-1, keepdim=True)
+
+
+def _move_uncond_rows(cache: DecodeCache, images: int, size: int) -> None:
+    """Move the unconditional rows behind a batch that is filled up from `images` to `size`."""
+    if images == size:
+        return
+    for layer in cache.layers:
+        for filled in (layer.k_cache[:, :, : cache.length], layer.v_cache[:, :, : cache.length]):
+            filled[size : size + images] = filled[images : 2 * images].clone()

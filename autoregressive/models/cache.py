@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.config import ModelArgs
+from autoregressive.models.config import ModelArgs, find_multiple
 from autoregressive.models.text_condition import text_attention_mask
 
 
@@ -22,21 +24,37 @@ class KVCache(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        shape = (max_batch_size, n_head, max_seq_length, head_dim)
-        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device))
-        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device))
-        self.length = max_seq_length
+        # rows of whole 16-byte words, also for heads of 100 numbers: a GPU reads them in one piece
+        shape = (max_batch_size, n_head, max_seq_length, find_multiple(head_dim, 8))
+        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device)[..., :head_dim])
+        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device)[..., :head_dim])
+        self.length: int | None = max_seq_length
+
+    def first(self, rows: int, positions: int) -> KVCache:
+        """The first `rows` and `positions` as a cache of its own, read whole; they share memory.
+
+        Compiled code must be given exactly what it writes: a slice taken inside it would be copied, written and copied
+        back in whole.
+        """
+        part = copy.copy(self)
+        part._buffers = {name: buffer[:rows, :, :positions] for name, buffer in self._buffers.items()}
+        part.length = None
+        return part
 
     def update(self, input_pos: Tensor, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, heads, S, head_dim) of positions `input_pos` (S,) in the first B rows.
 
         Returns views of the keys and values of these rows: the first `self.length` positions, which are all
-        of them unless the owner has set fewer.
+        of them unless the owner has set fewer (None: all, without a slice).
         """
         rows = k_val.shape[0]
-        k_cache, v_cache = self.k_cache[:rows], self.v_cache[:rows]
+        k_cache, v_cache = self.k_cache, self.v_cache
+        if rows != k_cache.shape[0]:
+            k_cache, v_cache = k_cache[:rows], v_cache[:rows]
         k_cache.index_copy_(2, input_pos, k_val.to(k_cache.dtype))
         v_cache.index_copy_(2, input_pos, v_val.to(v_cache.dtype))
+        if self.length is None:
+            return k_cache, v_cache
         return k_cache[:, :, : self.length], v_cache[:, :, : self.length]
 
 
@@ -67,6 +85,10 @@ class DecodeCache:
         shape = (rows, positions, config.kv_heads, config.head_dim)
         return cls([KVCache(*shape, dtype, device) for _ in range(config.n_layer)], key_mask)
 
+    def fixed(self, rows: int, positions: int) -> FixedCache:
+        """The first `rows` and `positions` for steps that bring positions and mask themselves."""
+        return FixedCache([layer.first(rows, positions) for layer in self.layers])
+
     def fits(self, rows: int, positions: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether `rows` sequences of `positions` find room in these caches, in this format and on this device."""
         keys = self.layers[0].k_cache
@@ -91,3 +113,10 @@ class DecodeCache:
         else:
             visible = self.key_mask[:rows, : self.length]
         return text_attention_mask(visible, first_query=start)
+
+
+class FixedCache(DecodeCache):
+    """Caches whose filled length is known to tensors alone: positions and mask come with every call."""
+
+    def extend(self, rows: int, count: int) -> None:
+        """Nothing to do: nothing is counted here."""

@@ -38,8 +38,8 @@ class Engine:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def warm_up(self) -> None:
-        """Do what would otherwise slow down the first generation, as far as it does not depend on its batch."""
+    def warm_up(self, images: int = 1, **options: Any) -> None:
+        """Do what would otherwise slow down the first generation of `images` with `options` of `generate`."""
 
     def new_cache(
         self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None

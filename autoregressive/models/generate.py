@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.cache import DecodeCache
 from autoregressive.models.engine import Engine
@@ -197,7 +198,7 @@ def generate(
 
     tokens = torch.empty(batch, max_new_tokens, dtype=torch.int32, device=cond.device) if out is None else out
     _check_out(tokens, batch, max_new_tokens)
-    with _evaluating(model):
+    with _evaluating(model), decode_attention_backends(cond.device):
         first = prefill(model, cond, positions[:prefix], scales[0], with_null=with_null, temperature=heat[0], **options)
         if given is not None:
             first, options["given"] = _put_in(given[:, :1], first), given[:, 1:]
@@ -210,6 +211,19 @@ def generate(
         else:
             decode_n_tokens(model, first, positions[prefix:], decoded, cfg_scale, cfg_interval, **options)
     return tokens
+
+
+@contextmanager
+def decode_attention_backends(device: torch.device) -> Iterator[None]:
+    """Inside, attention on a GPU keeps away from cuDNN, which would plan anew for every number of keys.
+
+    A plan takes a tenth of a second and more, and an image has hundreds of lengths.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 def _with_null_half(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
-from autoregressive.engine.static import StaticEngine
+from autoregressive.engine.static import StaticEngine, padded_batch
 from autoregressive.engine.weight_only import Int8Linear, int8_copy
 from autoregressive.models.generate import generate
 from autoregressive.models.noise import ImageNoise
@@ -68,6 +69,76 @@ def test_batches_of_different_sizes_follow_each_other():
             generate(m, torch.tensor(labels), 9, generators=ImageNoise(labels), **options) for m in (engine, model)
         )
         assert torch.equal(tokens, expected)
+
+
+class FakeGraphs:
+    """Stands where `CudaGraphs` does: runs every step that is "replayed", and notes what is recorded and dropped."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = self.dropped = 0
+
+    def record(self, step, rewind):
+        """Three warm-ups as on a GPU, each undone."""
+        self.recorded += 1
+        for _ in range(3):
+            step(), rewind()
+
+        def replay() -> None:
+            self.replayed += 1
+            step()
+
+        return replay
+
+    def forget(self) -> None:
+        """The graphs are gone."""
+        self.dropped += 1
+
+
+def test_graphs_outlive_a_change_of_the_batch():
+    model = random_model()
+    engine = StaticEngine(model, compile_blocks=False)
+    engine._graphs = graphs = FakeGraphs()
+    recorded, options = [], {"cfg_scale": 2.0, "cfg_interval": 3, "top_k": 20}
+    for images in (8, 3, 8, 4, 3, 8):  # 3 and 4 are one padded size
+        labels = torch.arange(images) % 5
+        tokens, expected = (
+            generate(m, labels, 9, generators=ImageNoise(range(images)), **options) for m in (engine, model)
+        )
+        assert torch.equal(tokens, expected)
+        recorded.append(graphs.recorded)
+    assert recorded == [2, 4, 4, 4, 4, 4] and graphs.replayed == 6 * 8  # guided and unguided, two sizes
+    assert graphs.dropped == 1  # by the first caches
+    generate(engine, torch.arange(9) % 5, 9, generators=ImageNoise(range(9)), **options)
+    assert (graphs.dropped, graphs.recorded) == (2, 6)  # larger caches are at other addresses
+
+
+def test_warming_up_records_what_the_first_generation_needs():
+    engine = StaticEngine(random_model(model_type="t2i", cls_token_num=4), compile_blocks=False)
+    engine._graphs = graphs = FakeGraphs()
+    options = {"cfg_scale": 3.0, "top_k": 10}
+    engine.warm_up(3, **options)
+    before = graphs.recorded
+    features, mask = captions(3, [4, 2, 1], 4)
+    generate(engine, features, 9, mask, generators=ImageNoise([1, 2, 3]), **options)
+    assert graphs.recorded == before == 1
+
+
+def test_batches_are_filled_up_to_few_sizes():
+    assert [padded_batch(n) for n in (1, 2, 3, 5, 33, 64, 65, 128, 129)] == [1, 2, 4, 8, 64, 64, 128, 128, 192]
+
+
+@pytest.mark.slow  # torch.compile
+def test_compiled_blocks_write_the_cache_in_place():
+    engine = StaticEngine(random_model(dim=64, block_size=16), compile_blocks=False)
+    cache = engine.new_cache(8, 17, torch.float32, torch.device("cpu"), None).fixed(4, 17).layers[0]
+    block, x = engine.model.layers[0], torch.randn(4, 1, 64)
+    position, mask = torch.tensor([5]), torch.ones(1, 1, 1, 17, dtype=torch.bool)
+    table = engine.model.freqs_cis[position]
+    with torch.no_grad():
+        _, code = run_and_get_code(torch.compile(block), x, table, position, mask, cache)
+    assert cache.k_cache[:, :, 5].abs().min() > 0 and cache.k_cache[:, :, 6:].abs().max() == 0
+    allocated = [line for line in code[0].splitlines() if "= empty_strided_cpu((" in line]
+    assert allocated and not [line for line in allocated if "(4, 4, 17, 16)" in line]  # no copy of the cache
 
 
 def test_other_generators_are_drawn_from_as_ever():
