@@ -129,10 +129,11 @@ def _exponential(device: str) -> None:
 
 
 def _filters(device: str) -> None:
-    filters = list(itertools.product((0, 1, 50, 2000, 1000), (1.0, 0.9, 0.3), (0.0, 0.05)))
+    every = list(itertools.product((0, 1, 50, 1000, 2000), (1.0, 0.9, 0.3), (0.0, 0.05)))
     for dtype, with_uncond in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         step = Step(device, with_uncond=with_uncond, dtype=dtype)
-        for top_k, top_p, min_p in filters:
+        all_here = with_uncond == (dtype == torch.float32)  # each type in one of the two ways: the time it takes
+        for top_k, top_p, min_p in every if all_here else every[::7]:
             step.noise_from += 1
             _assert_as_expected(step, top_k=top_k, top_p=top_p, min_p=min_p)
 
@@ -225,8 +226,8 @@ def _greedy(device: str) -> None:
         assert torch.equal(step.run(greedy=True), best)
         assert torch.equal(step.run(greedy=True, top_k=5, top_p=0.1, min_p=0.5), best)
         assert torch.equal(step.run(top_k=1), best)
-        assert not torch.equal(step.run(), best)
     step = Step(device)
+    assert not torch.equal(step.run(), step.run(greedy=True))
     step.logits[:, [7, 400, 999]] = 9.0
     assert step.run(greedy=True).tolist() == [7] * 3
 
