@@ -1,0 +1,1 @@
+"""Triton kernels of one decode step; each has a plain PyTorch reference in its test."""
