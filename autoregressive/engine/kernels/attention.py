@@ -173,9 +173,7 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, n_head: int) ->
         raise ValueError(f"the caches have {rows} rows, too few for {len(qkv)}")
 
 
-def _check_positions(
-    rope_table: Tensor, position: Tensor, first_key: Tensor | None, rows: int, head_dim: int
-) -> None:
+def _check_positions(rope_table: Tensor, position: Tensor, first_key: Tensor | None, rows: int, head_dim: int) -> None:
     """ValueError unless the table and the position tensors have the shapes and dtypes of `decode_attention`."""
     if rope_table.shape[1:] != (head_dim // 2, 2) or rope_table.dtype != torch.float32:
         raise ValueError(f"the rope table must be float32 (positions, {head_dim // 2}, 2)")
@@ -184,8 +182,6 @@ def _check_positions(
     if position.shape != (1,) or position.dtype != torch.int64:
         raise ValueError("position must be int64 (1,)")
     if first_key is not None and (
-        first_key.shape != (rows,)
-        or first_key.dtype not in (torch.int32, torch.int64)
-        or not first_key.is_contiguous()
+        first_key.shape != (rows,) or first_key.dtype not in (torch.int32, torch.int64) or not first_key.is_contiguous()
     ):
         raise ValueError(f"first_key must be contiguous int32 or int64 ({rows},)")

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.engine.kernels.attention import decode_attention
+from autoregressive.models.cache import KVCache
+from autoregressive.models.config import ModelArgs
+from autoregressive.models.layers import Attention
 from autoregressive.models.rope import apply_rotary_emb, precompute_freqs_cis_2d
 from tests.autoregressive.engine.kernels.interpreted import run_interpreted
 
@@ -23,7 +26,7 @@ _RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10} 
 
 @dataclass
 class Step:
-    """The inputs of one decode step; `storage` holds the padded keys and values, (2, rows, heads, positions, stride)."""
+    """The inputs of one decode step; `storage` (2, rows, heads, positions, stride) holds padded keys and values."""
 
     qkv: Tensor
     rope_table: Tensor
@@ -175,9 +178,26 @@ def check_wide_rows(device: str = "cpu") -> None:
     assert torch.equal(given, packed)
 
 
+def check_model(device: str = "cpu") -> None:
+    """Step after step, the attention layer of the model; both caches hold the same in the end."""
+    torch.manual_seed(3)
+    layer = Attention(ModelArgs(dim=64, n_head=4, n_kv_head=2)).to(device).eval()
+    table = precompute_freqs_cis_2d(2, 16, cls_token_num=_CONDITION, device=device)
+    plain, fused = (KVCache(2, 7, 2, 16, torch.float32, device) for _ in range(2))
+    with torch.inference_mode():
+        for step in range(7):
+            x, position = torch.randn(2, 1, 64, device=device), torch.tensor([step], device=device)
+            plain.length = step + 1
+            expected = layer(x, table[position], position, cache=plain)
+            mixed = decode_attention(layer.wqkv(x)[:, 0], table, position, fused.k_cache, fused.v_cache, n_head=4)
+            torch.testing.assert_close(layer.wo(mixed)[:, None], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused.k_cache, plain.k_cache)
+    assert torch.equal(fused.v_cache, plain.v_cache)
+
+
 @pytest.mark.parametrize("check", [
     "check_head_widths", "check_positions", "check_grouped_heads", "check_first_keys", "check_condition", "check_rows",
-    "check_wide_rows",
+    "check_wide_rows", "check_model",
 ])  # fmt: skip
 def test_interpreted(check: str) -> None:
     run_interpreted(__name__, check)
