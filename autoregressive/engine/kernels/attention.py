@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE_BYTES = 8192  # of keys, and again of values, that a program takes in at once
-_NUM_WARPS = 4
+_NUM_WARPS = 8
 _NUM_STAGES = 3  # tiles of keys and values that are on their way or being used
 
 
@@ -84,17 +84,17 @@ def _decode_attention_kernel(
 
     keys = k_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
     values = v_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
-    # No program reads these entries: each has the new key and value in registers. One head of a group stores them.
-    stored = (lanes < HEAD_DIM) & (head % (N_HEAD // N_KV_HEAD) == 0)
-    tl.store(keys + position * POSITION_STRIDE + lanes, new_k, mask=stored)
-    tl.store(values + position * POSITION_STRIDE + lanes, new_v, mask=stored)
-
     first = 0
     if first_key is not None:
         first = tl.maximum(tl.load(first_key + row), 0).to(tl.int32)
     highest, total, mixed = _attend_cached(
         q, keys, values, first, position, lanes, POSITION_STRIDE, LOADED, TILE, STAGES
     )
+
+    # No program reads these entries: each has the new key and value in registers. One head of a group stores them.
+    stored = (lanes < HEAD_DIM) & (head % (N_HEAD // N_KV_HEAD) == 0)
+    tl.store(keys + position * POSITION_STRIDE + lanes, new_k, mask=stored)
+    tl.store(values + position * POSITION_STRIDE + lanes, new_v, mask=stored)
 
     new_score = tl.sum(q * new_k.to(tl.float32), axis=0)
     overall = tl.maximum(tl.max(highest, axis=0), new_score)

@@ -43,11 +43,11 @@ class Step:
         """What the kernel returns for the first `rows` rows (None: all); the caches change."""
         qkv = self.qkv[:rows]
         out = torch.full_like(qkv[:, : self.n_head * self.head_dim], float("nan")).contiguous()
-        given = decode_attention(
+        returned = decode_attention(
             qkv, self.rope_table, torch.tensor([position], device=qkv.device), *self.caches,
             n_head=self.n_head, first_key=first_key, out=out,
         )  # fmt: skip
-        assert given is out
+        assert returned is out
         return out
 
 
@@ -174,8 +174,30 @@ def check_wide_rows(device: str = "cpu") -> None:
     wide = torch.full((2, step.qkv.shape[1] + 5), float("nan"), device=device)
     wide[:, :-5] = step.qkv
     position = torch.tensor([70], device=device)
-    given = decode_attention(wide[:, :-5], step.rope_table, position, *step.caches, n_head=2)
-    assert torch.equal(given, packed)
+    allocated = decode_attention(wide[:, :-5], step.rope_table, position, *step.caches, n_head=2)
+    assert torch.equal(allocated, packed)
+
+
+def check_replay(device: str = "cpu") -> None:
+    """One launch serves every position: replayed as a CUDA graph on a GPU, repeated on the CPU."""
+    step = _step(device, torch.bfloat16, 64)
+    fresh = Step(step.qkv, step.rope_table, step.storage.clone(), step.n_head, step.head_dim)
+    position, out = torch.tensor([62], device=device), torch.empty(2, 128, dtype=torch.bfloat16, device=device)
+
+    def replay() -> None:
+        decode_attention(step.qkv, step.rope_table, position, *step.caches, n_head=2, out=out)
+
+    if device == "cuda":
+        replay()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replay()
+        replay = graph.replay
+    for at in (62, 63, 64, 150):
+        position.fill_(at)
+        replay()
+        assert torch.equal(out, fresh.run(at))
+    assert torch.equal(step.storage, fresh.storage)
 
 
 def check_model(device: str = "cpu") -> None:
@@ -197,7 +219,7 @@ def check_model(device: str = "cpu") -> None:
 
 @pytest.mark.parametrize("check", [
     "check_head_widths", "check_positions", "check_grouped_heads", "check_first_keys", "check_condition", "check_rows",
-    "check_wide_rows", "check_model",
+    "check_wide_rows", "check_replay", "check_model",
 ])  # fmt: skip
 def test_interpreted(check: str) -> None:
     run_interpreted(__name__, check)
