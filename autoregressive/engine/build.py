@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 
 from autoregressive.engine.compiler import CannotCompile
@@ -11,7 +12,7 @@ from autoregressive.engine.static import StaticEngine
 from autoregressive.models.engine import Engine
 from autoregressive.models.gpt import Transformer
 
-ENGINES = ("auto", "eager", "compiled", "native")
+ENGINES = ("auto", "eager", "compiled", "triton", "native")
 QUANTIZE = ("none", "int8")
 
 
@@ -22,8 +23,9 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="native: C++ on a CPU, compiled on first use; compiled: torch.compile, on a GPU with CUDA graphs; eager: "
-        "PyTorch as it is; auto: native or compiled, whichever the device has",
+        help="native: C++ on a CPU, compiled on first use; triton: fused kernels and CUDA graphs on an NVIDIA GPU; "
+        "compiled: torch.compile, on a GPU with CUDA graphs; eager: PyTorch as it is; auto: triton on a GPU, native on a "
+        "CPU",
     )
     group.add_argument(
         "--quantize",
@@ -36,8 +38,8 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
 def make_engine(model: Transformer, engine: str = "auto", quantize: str = "none") -> Engine:
     """The engine for `model`, which must be in its final place and format.
 
-    "auto" takes the compiled one on a GPU and the native one on a CPU; where that cannot be compiled it falls back to
-    the eager one and says why.
+    "auto" takes the triton one on a GPU and the native one on a CPU. Where that cannot be had it falls back to the
+    compiled one on a GPU and the eager one on a CPU, and says why.
 
     Raises:
         ValueError: an engine that cannot compute this model, or a quantization that the engine does not have.
@@ -51,14 +53,29 @@ def make_engine(model: Transformer, engine: str = "auto", quantize: str = "none"
         return NativeEngine(model, quantize)
     if engine == "compiled":
         return StaticEngine(model, quantize)
+    if engine == "triton":
+        return _fused(model, quantize)
     if quantize != "none":
-        raise ValueError(f"--quantize {quantize} needs the native or the compiled engine; {engine} keeps the format")
+        raise ValueError(f"--quantize {quantize} needs a native, triton or compiled engine; {engine} keeps the format")
     return Engine(model)
+
+
+def _fused(model: Transformer, quantize: str) -> Engine:
+    """The engine of Triton kernels. ValueError where they are not to be had."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the triton engine needs the package triton, which comes with PyTorch for NVIDIA GPUs")
+    from autoregressive.engine.fused import FusedEngine  # imports triton
+
+    return FusedEngine(model, quantize)
 
 
 def _automatic(model: Transformer, quantize: str) -> Engine:
     if next(model.parameters()).device.type == "cuda":
-        return StaticEngine(model, quantize)
+        try:
+            return _fused(model, quantize)
+        except ValueError as error:
+            logging.getLogger("llamagen").warning("sampling with compiled blocks, which is slower: %s", error)
+            return StaticEngine(model, quantize, compile_blocks=importlib.util.find_spec("triton") is not None)
     reason = unsupported(model)
     if reason is None:
         try:

@@ -22,6 +22,7 @@ from tokenizer.coding import decode_codes, encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.image import to_float, to_uint8
 
+_WARM_BATCH = 8  # a GPU is prepared for batches of so many before the first request
 _SECONDS_BETWEEN_REPORTS = 0.05
 _PREVIEW_SHARE = 0.2  # of the time may go into previews
 _EMPTY = 0.85  # grey of cells that are not drawn yet, in [-1, 1]
@@ -70,7 +71,7 @@ class Studio:
     def _load(self, card: Card) -> _Loaded:
         text = TextConditions(card.args, self.device) if card.kind == "t2i" else None
         gpt, tokenizer = load_models(card.args, self.device, card.kind)
-        gpt.warm_up()
+        gpt.warm_up(_WARM_BATCH, **sampling_options(card.args))
         return _Loaded(card, gpt, tokenizer, text)
 
     def engine_name(self, model: str) -> str:

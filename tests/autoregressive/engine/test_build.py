@@ -31,7 +31,7 @@ def test_names():
     assert make_engine(model, "eager").name == "eager"
     with pytest.raises(ValueError, match=r"engines are auto, eager.*got 'fast'"):
         make_engine(model, "fast")
-    with pytest.raises(ValueError, match="needs the native or the compiled engine"):
+    with pytest.raises(ValueError, match="needs a native, triton or compiled engine"):
         make_engine(model, "eager", "int8")
     flags = make_parser(None)
     add_engine_args(flags)
