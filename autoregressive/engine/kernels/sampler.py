@@ -4,9 +4,10 @@ The rules are those of `models.guidance`, `models.sampling` and `models.noise`; 
 step is read from tensors, so the launch can be captured in a CUDA graph and replayed. Nothing is sorted: a filter
 keeps the logits above a threshold, and the threshold is found by bisection on the bits of the logits, which is exact.
 
-Two things may differ from the plain functions, both at the edge of top-p. Probabilities are added up in another order,
-so a token whose cumulated probability is within rounding (about 1e-6) of `top_p` may fall on the other side. And equal
-logits are kept or dropped together, where a sort keeps some of them.
+Three things may differ from the plain functions. A GPU's fast exponential is off by up to about 2e-6 of its value, so
+the token may be another where the best two scores are that close. Top-p adds up probabilities in another order, so a
+token whose cumulated probability is within rounding (about 1e-6) of `top_p` may fall on the other side. And top-p
+keeps or drops equal logits together, where a sort keeps some of them.
 """
 
 from __future__ import annotations

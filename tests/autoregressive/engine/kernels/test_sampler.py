@@ -30,7 +30,7 @@ class Step:
         vocabulary: int = 1000,
         with_uncond: bool = False,
         dtype: torch.dtype = torch.float32,
-        spread: float = 1.0,
+        spread: float = 0.3,
         count: int = 5,
         index: int = 3,
     ) -> None:
