@@ -39,7 +39,7 @@ def _attend_cached(
     """Attention over the cached positions first..position-1 in TILE slots; slot i takes the keys first + i + n * TILE.
 
     Returns the maximum (TILE,) of the scores of each slot, and with weights 2^(score - maximum) their sum (TILE,) and
-    the weighted sum of values (TILE, lanes). Slots meet only after the loop, so that it needs no barrier.
+    the weighted sum of values (TILE, lanes). Slots meet only after the loop: nothing in it is reduced across warps.
     """
     # The lowest float32 instead of -inf: the difference to itself is 0, not NaN, while a slot has seen no key.
     highest = tl.full([TILE], -3.4028234663852886e38, tl.float32)

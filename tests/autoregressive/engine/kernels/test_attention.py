@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.engine.kernels.attention import decode_attention
 from autoregressive.models.cache import KVCache
 from autoregressive.models.config import ModelArgs
 from autoregressive.models.layers import Attention
 from autoregressive.models.rope import apply_rotary_emb, precompute_freqs_cis_2d
 from tests.autoregressive.engine.kernels.interpreted import run_interpreted
+
+pytest.importorskip("triton")  # PyTorch for CPUs comes without it
+from autoregressive.engine.kernels.attention import decode_attention
 
 _CONDITION = 3  # positions of the condition, whose rows of the rope table are zeros
 _POSITIONS = 210
