@@ -32,7 +32,7 @@ _STATISTICS_COLUMNS = tl.constexpr(256)  # a warp reads 256 columns of a row: th
 class Config:
     """Launch parameters of `linear` and `swiglu`; the sizes are powers of two.
 
-    A program computes `block_n` outputs (16 to 64). A step of its loop reads `block_k` inputs, divided among `k_splits`
+    A program computes `block_n` outputs (16 or 32). A step of its loop reads `block_k` inputs, divided among `k_splits`
     groups of its `num_warps` warps (at least 16 inputs each); `num_stages` - 1 steps are in flight. `prefetch` asks for
     the weights in the L2 cache before the row statistics are computed. `pdl` launches the kernel while the one before
     it still runs (programmatic dependent launch, compute capability 9.0 and later): the prefetch then overlaps with it.
@@ -60,30 +60,37 @@ def default_config(m: int, n: int, k: int, element_size: int, matrices: int = 1)
     block_n = 32 if element_size == 2 and n >= 32 * enough else 16
     weight_bytes = matrices * block_n * block_k * element_size
     row_bytes = rows * block_k * element_size
-    neighbours = min(4, triton.cdiv(triton.cdiv(n, block_n), _MULTIPROCESSORS))
-    wanted = triton.cdiv(_BYTES_IN_FLIGHT, neighbours * weight_bytes)
+    neighbours = min(4, MAX_ROWS // rows, triton.cdiv(triton.cdiv(n, block_n), _MULTIPROCESSORS))  # registers allow
+    wanted = max(2, triton.cdiv(_BYTES_IN_FLIGHT, neighbours * weight_bytes))
     fitting = (_SHARED_BYTES - row_bytes) // (weight_bytes + row_bytes)
     in_flight = max(1, min(wanted, fitting, triton.cdiv(k, block_k)))
     return Config(block_n, block_k, num_warps=8, num_stages=in_flight + 1, k_splits=8)
 
 
-def candidate_configs(m: int, n: int, k: int) -> list[Config]:
-    """At most eight launch parameters worth timing for 2-byte activations (m, k) and weights (n, k), default first."""
-    default = default_config(m, n, k, 2)
+def candidate_configs(m: int, n: int, k: int, matrices: int = 1) -> list[Config]:
+    """At most eight launch parameters worth timing for 2-byte operands, the default first.
+
+    `m`, `n`, `k` and `matrices` are those of `default_config`. Results of different `block_k` or `k_splits` differ in
+    their last bits, so a choice among them must not depend on `m`.
+    """
+    default = default_config(m, n, k, 2, matrices)
     others = [
         replace(default, prefetch=False),
-        replace(default, block_n=48 - default.block_n),
+        replace(default, block_n=48 - default.block_n),  # 16 for 32, 32 for 16
         replace(default, num_stages=max(2, default.num_stages - 2)),
         replace(default, num_warps=4, k_splits=4),
         Config(16, 512, 8, 3, 8),
+        Config(32, 512, 8, 3, 8),
         Config(16, 128, 1, 5, 1),
-        Config(64, 128, 4, 4, 1),
     ]
-    row_bytes = 2 * _tile_rows(m)
-    fitting = [
-        c for c in others if ((2 * c.block_n + row_bytes) * (c.num_stages - 1) + row_bytes) * c.block_k <= _SHARED_BYTES
-    ]
-    return [default, *(c for c in fitting if c != default)]
+    rows = _tile_rows(m)
+
+    def fits(c: Config) -> bool:
+        """Shared memory holds it, and registers the share of few warps in many rows."""
+        shared_bytes = 2 * c.block_k * ((rows + matrices * c.block_n) * (c.num_stages - 1) + rows)
+        return shared_bytes <= _SHARED_BYTES and (c.num_warps == 8 or rows <= 16)
+
+    return [default, *(c for c in others if c != default and fits(c))]
 
 
 def linear(
@@ -301,13 +308,21 @@ def _add_splits(sums):
 
 
 @triton.jit
-def _product(sums, scale, outputs, N, SCALE: tl.constexpr, dtype: tl.constexpr):
+def _product(sums, factor, SCALE: tl.constexpr, dtype: tl.constexpr):
     """Sums of the splits to products (outputs, ROWS) in float32, holding values rounded to `dtype` as F.linear's."""
     product = _add_splits(sums).to(dtype).to(tl.float32)
     if SCALE:
-        factor = tl.load(scale + outputs, mask=outputs < N, other=0.0).to(tl.float32)
         product = (product * factor[:, None]).to(dtype).to(tl.float32)
     return product
+
+
+@triton.jit
+def _load_scale(scale, outputs, N, SCALE: tl.constexpr):
+    """The factor of each output, float32; loaded before the products, which hide its latency."""
+    factor = outputs.to(tl.float32)  # stands in, unread, where there is no scale
+    if SCALE:
+        factor = tl.load(scale + outputs, mask=outputs < N, other=0.0).to(tl.float32)
+    return factor
 
 
 @triton.jit
@@ -333,17 +348,20 @@ def _linear_kernel(
     inverse_rms = rows
     if NORM:
         inverse_rms = _inverse_rms(x, rows, M, K, eps, ROWS)
+    factor = _load_scale(scale, outputs, N, SCALE)
+    mask = (outputs < N)[:, None] & (rows < M)[None, :]
+    place = rows[None, :] * N + outputs[:, None]
+    if RESIDUAL:  # loaded before the products, which hide its latency
+        addend = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     sums = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + within
         tile = _load_rows(x, norm_weight, inverse_rms, rows, k, M, K, NORM, EVEN).permute(0, 2, 1)
         weights = _load_weights(weight, outputs, k, N, K, EVEN).to(dtype)
         sums = tl.dot(weights, tile, sums, input_precision="ieee")
-    product = _product(sums, scale, outputs, N, SCALE, dtype)
-    mask = (outputs < N)[:, None] & (rows < M)[None, :]
-    place = rows[None, :] * N + outputs[:, None]
+    product = _product(sums, factor, SCALE, dtype)
     if RESIDUAL:
-        product += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        product += addend
     tl.store(out + place, product.to(dtype), mask=mask)
 
 
@@ -363,6 +381,8 @@ def _swiglu_kernel(
     if PDL:
         _wait_for_inputs()
     inverse_rms = _inverse_rms(x, rows, M, K, eps, ROWS)
+    factor1 = _load_scale(scale1, outputs, N, SCALE)
+    factor3 = _load_scale(scale3, outputs, N, SCALE)
     gates = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     ups = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -370,8 +390,8 @@ def _swiglu_kernel(
         tile = _load_rows(x, norm_weight, inverse_rms, rows, k, M, K, True, EVEN).permute(0, 2, 1)
         gates = tl.dot(_load_weights(w1, outputs, k, N, K, EVEN).to(dtype), tile, gates, input_precision="ieee")
         ups = tl.dot(_load_weights(w3, outputs, k, N, K, EVEN).to(dtype), tile, ups, input_precision="ieee")
-    gate = _silu(_product(gates, scale1, outputs, N, SCALE, dtype), dtype)
-    up = _product(ups, scale3, outputs, N, SCALE, dtype)
+    gate = _silu(_product(gates, factor1, SCALE, dtype), dtype)
+    up = _product(ups, factor3, SCALE, dtype)
     mask = (outputs < N)[:, None] & (rows < M)[None, :]
     tl.store(out + rows[None, :] * N + outputs[:, None], (gate * up).to(dtype), mask=mask)
 

@@ -69,7 +69,8 @@ def _linear_reference(
 
 
 def _check_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str, norm: bool, add: bool) -> None:
-    x, weight = _normal((m, k), dtype, device, 0, 3.0), _normal((n, k), dtype, device, 1, k**-0.5)
+    x = _normal((m, k), dtype, device, 0, 0.003 if norm else 1.0)  # so small that eps is half of the norm's root
+    weight = _normal((n, k), dtype, device, 1, k**-0.5)
     norm_weight = 1 + _normal((k,), dtype, device, 2, 0.2) if norm else None
     residual = _normal((m, n), dtype, device, 3) if add else None
     got = linear(x, weight, norm_weight=norm_weight, eps=EPS, residual=residual)
@@ -268,8 +269,9 @@ def test_default_config_adds_in_one_order_and_fits(n: int, k: int, element_size:
         assert c.num_stages >= 2
 
 
+@pytest.mark.parametrize("matrices", [1, 2])
 @pytest.mark.parametrize("m", [2, 16, 64])
-def test_candidate_configs_are_few_and_distinct(m: int) -> None:
-    candidates = candidate_configs(m, 3072, 1024)
-    assert candidates[0] == default_config(m, 3072, 1024, 2)
+def test_candidate_configs_are_few_and_distinct(m: int, matrices: int) -> None:
+    candidates = candidate_configs(m, 3072, 1024, matrices)
+    assert candidates[0] == default_config(m, 3072, 1024, 2, matrices)
     assert 4 <= len(set(candidates)) == len(candidates) <= 8
