@@ -76,6 +76,10 @@ class ImageEncoder:
             codes = self._parts.apply(lambda part: self.tokenizer.encode(part)[2][2], images.float())
         return codes.view(len(images), -1).to(torch.int32)
 
+    def of_views(self, crops: Tensor) -> Tensor:
+        """Codes int32 (B, A, N) of A views of each image, (B, A, 3, H, W) in [-1, 1]."""
+        return self(crops.flatten(0, 1)).view(*crops.shape[:2], -1)
+
 
 def encode_images(
     tokenizer: CodeAutoencoder, images: Tensor, batch_size: int = GPU_BATCH, precision: str = "exact"
