@@ -2,15 +2,18 @@
 
     python -m benchmarks.evaluation            both networks in turn, 3 rounds of 64 pictures each; then the distance
     python -m benchmarks.evaluation --rounds 5 --images 128 --num-threads 2
+    python -m benchmarks.evaluation --device cuda --images 512
 
 The network has the published graph's layers and widths with random weights, written to a temporary file that both
-backends read. The distance is that of two sets of 2048 features: ours, and with scipy.linalg.sqrtm. The last line is
-one JSON object; `speedup` is PyTorch over TensorFlow, pictures per second, the median of the rounds.
+backends read. Where TensorFlow is not installed, PyTorch is measured alone; on a GPU in both memory layouts. The
+distance is that of two sets of 2048 features: ours, and with scipy.linalg.sqrtm. The last line is one JSON object;
+`speedup` is PyTorch over TensorFlow, pictures per second, the median of the rounds (null without TensorFlow).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -31,7 +34,7 @@ from tensorboard.compat.proto.node_def_pb2 import NodeDef
 
 from evaluations.c2i.evaluation import load_network
 from evaluations.features import FeatureNetwork
-from evaluations.inception import CLASSIFIER, INPUT, POOL, TOPOLOGY
+from evaluations.inception import CLASSIFIER, INPUT, POOL, TOPOLOGY, Inception
 from evaluations.metrics import FeatureStatistics, frechet_distance_between
 from utils.args import make_parser
 from utils.errors import run
@@ -132,39 +135,64 @@ def write_graph(path: Path, widths: str = WIDTHS) -> None:
     path.write_bytes(GraphWriter([int(width) for width in widths.split()]).graph.SerializeToString())
 
 
-def images_per_second(network: FeatureNetwork, pictures: torch.Tensor) -> float:
+def make_networks(graph: Path, device: torch.device) -> dict[str, FeatureNetwork]:
+    """What is compared: the backends that are installed, and on a GPU PyTorch with channels first too."""
+    networks = {"torch": load_network("torch", graph, device)}
+    if device.type == "cuda":
+        networks["torch_channels_first"] = Inception(graph, device, torch.contiguous_format)
+    if importlib.util.find_spec("tensorflow"):
+        networks["tensorflow"] = load_network("tensorflow", graph, device)
+    else:
+        print("TensorFlow is not installed: PyTorch is measured alone", flush=True)
+    return networks
+
+
+def wait(device: torch.device) -> float:
+    """The time when everything asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def images_per_second(network: FeatureNetwork, pictures: torch.Tensor, device: torch.device) -> float:
     """Pictures per second of one call."""
-    started = time.perf_counter()
+    started = wait(device)
     network(pictures)
-    return len(pictures) / (time.perf_counter() - started)
+    return len(pictures) / (wait(device) - started)
 
 
-def measure_networks(networks: Mapping[str, FeatureNetwork], images: int, rounds: int, size: int) -> dict[str, Any]:
-    """Speed of each network in alternating rounds after one that does not count, and how far their features differ."""
+def measure_networks(
+    networks: Mapping[str, FeatureNetwork], images: int, rounds: int, size: int, device: torch.device
+) -> dict[str, Any]:
+    """Speed of each network in alternating rounds, and how far the features of the first and the last differ.
+
+    A call before them does not count: of eight pictures on a CPU, of all on a GPU, which chooses kernels by size.
+    """
     pictures = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
-    seen = [network(pictures[:8])["pool"] for network in networks.values()]
+    first = images if device.type == "cuda" else 8
+    seen = [network(pictures[:first])["pool"].cpu() for network in networks.values()]
     speeds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(rounds):
         for name, network in networks.items():
-            speeds[name].append(images_per_second(network, pictures))
+            speeds[name].append(images_per_second(network, pictures, device))
             print(f"{name:10} {speeds[name][-1]:8.2f} images/s", flush=True)
     medians = {name: round(statistics.median(values), 2) for name, values in speeds.items()}
     difference = ((seen[0] - seen[-1]).abs().max() / seen[-1].abs().max()).item()
     return {**medians, "largest_difference": float(f"{difference:.2g}")}
 
 
-def measure_distance(rows: int = 3000, width: int = FEATURES) -> dict[str, float]:
+def measure_distance(device: torch.device, rows: int = 3000, width: int = FEATURES) -> dict[str, float]:
     """Seconds of the Frechet distance of two sets of random features, ours and with SciPy's matrix square root."""
     sets = []
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         mixed = torch.randn(rows, width, generator=generator) @ torch.randn(width, width, generator=generator)
         sets.append(FeatureStatistics())
-        sets[-1].update(mixed / width**0.5)
-    started = time.perf_counter()
+        sets[-1].update((mixed / width**0.5).to(device))
+    started = wait(device)
     ours = frechet_distance_between(sets[0].gaussian(), sets[1].gaussian())
-    between = time.perf_counter()
-    root = scipy.linalg.sqrtm((sets[0].covariance @ sets[1].covariance).numpy())
+    between = wait(device)
+    root = scipy.linalg.sqrtm((sets[0].covariance @ sets[1].covariance).cpu().numpy())
     trace = sets[0].covariance.trace() + sets[1].covariance.trace() - 2 * float(np.trace(root).real)
     scipys = float((sets[0].mean - sets[1].mean).square().sum() + trace)
     ended = time.perf_counter()
@@ -178,7 +206,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--images", type=int, default=64, help="pictures of a round, in one batch")
     flags.add_argument("--rounds", type=int, default=3, help="how often each backend runs")
     flags.add_argument("--size", type=int, default=256, help="edge of the pictures")
-    flags.add_argument("--num-threads", type=int, default=1, help="CPU threads of either backend")
+    flags.add_argument(
+        "--num-threads", type=int, help="CPU threads of either backend; the default is 1, with a GPU torch's choice"
+    )
     flags.add_argument("--device", default="cpu", help="cpu or cuda")
     return flags
 
@@ -186,16 +216,17 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the benchmark and print its numbers."""
     args = parser().parse_args()
-    torch.set_num_threads(args.num_threads)
+    device = torch.device(args.device)
+    threads = args.num_threads or (1 if device.type == "cpu" else None)
+    if threads:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder, "graph.pb")
         write_graph(graph)
-        device = torch.device(args.device)
-        networks = {backend: load_network(backend, graph, device) for backend in ("torch", "tensorflow")}
-        found = measure_networks(networks, args.images, args.rounds, args.size)
-    result = {"images": args.images, "size": args.size, "threads": args.num_threads, "device": args.device, **found}
-    result["speedup"] = round(found["torch"] / found["tensorflow"], 2)
-    print(json.dumps(result | {"distance": measure_distance()}))
+        found = measure_networks(make_networks(graph, device), args.images, args.rounds, args.size, device)
+    result = {"images": args.images, "size": args.size, "threads": torch.get_num_threads(), "device": args.device}
+    speedup = round(found["torch"] / found["tensorflow"], 2) if "tensorflow" in found else None
+    print(json.dumps({**result, **found, "speedup": speedup, "distance": measure_distance(device)}))
 
 
 if __name__ == "__main__":

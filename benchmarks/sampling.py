@@ -3,16 +3,17 @@
     python -m benchmarks.sampling --quick                                GPT-B, 256 pixels, bf16, batches of 1 and 8
     python -m benchmarks.sampling --gpt-model GPT-L --image-size 384 --batch-size 4 --engine native
 
-Random weights: the speed does not depend on them. Each batch size is measured in turns with the plain decoder
-(benchmarks/plain_decoder.py), whose step costs the same at every position, so it runs `--plain-steps` of them; engines
-draw whole images. The floor of a step is the larger of bytes over copy bandwidth and FLOPs over the rate of a large
-matrix product, both measured in the same run. The last line is one JSON object; `speedup` is plain over the fastest
-engine that keeps the numerics, at the largest batch.
+Random weights: the speed does not depend on them. The plain decoder (benchmarks/plain_decoder.py) costs the same at
+every position, so it runs `--plain-steps` of them; engines draw whole images, once before their time is taken. They are
+measured one after the other, each with the device's memory for itself. The floor of a step is the larger of bytes over
+copy bandwidth and FLOPs over the rate of a large matrix product, both measured in the same run. The last line is one
+JSON object; `speedup` is plain over the fastest engine that keeps the numerics, at the largest batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -32,7 +33,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.noise import ImageNoise
 from benchmarks.plain_decoder import plain_generate
-from tokenizer.coding import decode_codes
+from tokenizer.coding import decode_codes, layout_of
 from tokenizer.tokenizer_image.vq_model import VQ_16
 from utils.args import add_runtime_args, apply_threads, make_parser
 from utils.distributed import process_group
@@ -122,51 +123,81 @@ def step_cost(model: Transformer, rows: int, weight_bytes: int) -> dict[str, flo
 def random_gpt(args: argparse.Namespace, device: torch.device) -> Transformer:
     """A GPT with random weights, its head included, in evaluation mode."""
     torch.manual_seed(0)
-    model = GPT_models[args.gpt_model](block_size=(args.image_size // 16) ** 2, num_classes=1000)
+    with torch.device(device):
+        model = GPT_models[args.gpt_model](block_size=(args.image_size // 16) ** 2, num_classes=1000)
     nn.init.normal_(model.output.weight, std=0.02)
     return model.to(device, DTYPES[args.precision]).eval()
 
 
 def vq_seconds(model: Transformer, batch: int, device: torch.device) -> float:
     """Seconds to decode the codes of one image as samplers do, measured on `batch` of them in float32."""
-    tokenizer = VQ_16().to(device, memory_format=torch.channels_last).eval()
-    edge = model.config.grid_size
-    codes = torch.randint(tokenizer.config.codebook_size, (batch, edge * edge), device=device)
-    with torch.no_grad():
-        started = wait(device)
-        decode_codes(tokenizer, codes)
-        return (wait(device) - started) / batch
+    with torch.device(device):
+        tokenizer = VQ_16().to(memory_format=layout_of(device)).eval()
+        codes = torch.randint(tokenizer.config.codebook_size, (batch, model.config.grid_size**2))
+    return seconds_of(lambda: decode_codes(tokenizer, codes), device, 1) / batch
 
 
-def variants(model: Transformer, args: argparse.Namespace) -> dict[str, tuple[Engine, float]]:
-    """The engines to measure by name, each with the seconds until it was ready."""
-    wanted = [(name, "none") for name in args.engine] + [(args.engine[-1], q) for q in args.quantize if q != "none"]
-    made = {}
-    for name, quantize in wanted:
-        started = time.perf_counter()
-        engine = make_engine(model, name, quantize)
-        engine.warm_up()
-        label = engine.name if quantize == "none" else f"{engine.name} {quantize}"
-        made[label] = engine, time.perf_counter() - started
-    return made
+def wanted(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Engine and quantization of each variant."""
+    return [(name, "none") for name in args.engine] + [(args.engine[-1], q) for q in args.quantize if q != "none"]
 
 
-def measure_batch(
-    model: Transformer,
-    engines: dict[str, tuple[Engine, float]],
-    batch: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> dict[str, dict[str, float]]:
-    """Seconds of prefill and per step by name: the plain decoder, then all engines, `--repeats` times; the shortest."""
-    labels = torch.arange(batch, device=device) * 37 % 1000
+def ready_engine(model: Transformer, name: str, quantize: str) -> tuple[str, Engine, float]:
+    """An engine: what it is called in tables, itself, and the seconds until it was ready."""
+    started = time.perf_counter()
+    engine = make_engine(model, name, quantize)
+    engine.warm_up()
+    label = engine.name if quantize == "none" else f"{engine.name} {quantize}"
+    return label, engine, time.perf_counter() - started
+
+
+def preparing_seconds(engine: Engine) -> float:
+    """Seconds that this engine has spent so far on compiling and on capturing its steps."""
+    return engine.compile_seconds + getattr(engine, "ready_seconds", 0.0)
+
+
+def fastest(measure_once: Callable[[], tuple[float, float]], repeats: int) -> dict[str, float]:
+    """The shortest seconds of prefill and per step of `repeats` runs."""
+    return dict(zip(("prefill", "step"), map(min, zip(*(measure_once() for _ in range(repeats))))))
+
+
+def fastest_plain(model: Transformer, labels: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """The `fastest` runs of the plain decoder, after two steps that do not count."""
     measure_plain(model, labels, 2, args)
-    times: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(args.repeats):
-        times.setdefault("plain", []).append(measure_plain(model, labels, args.plain_steps, args))
-        for name, (engine, _) in engines.items():
-            times.setdefault(name, []).append(measure_engine(engine, labels, args))
-    return {name: dict(zip(("prefill", "step"), map(min, zip(*runs)))) for name, runs in times.items()}
+    return fastest(lambda: measure_plain(model, labels, args.plain_steps, args), args.repeats)
+
+
+def fastest_of(engine: Engine, labels: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """The `fastest` runs of an engine, after one that does not count: it compiles and captures all of its steps."""
+    measure_engine(engine, labels, args)
+    return fastest(lambda: measure_engine(engine, labels, args), args.repeats)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what engines that are gone had taken of a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_all(
+    model: Transformer, args: argparse.Namespace, device: torch.device
+) -> tuple[dict[int, dict[str, dict[str, float]]], dict[str, float]]:
+    """Seconds of prefill and per step by batch size and name, the plain decoder first; and seconds until ready."""
+    labels = {batch: torch.arange(batch, device=device) * 37 % model.config.num_classes for batch in args.batch_size}
+    times = {batch: {"plain": fastest_plain(model, classes, args)} for batch, classes in labels.items()}
+    ready = {}
+    for name, quantize in wanted(args):
+        free_memory(device)
+        label, engine, seconds = ready_engine(model, name, quantize)
+        ready[label] = seconds
+        for batch, classes in labels.items():
+            times[batch][label] = fastest_of(engine, classes, args)
+        print(f"{label}: ready after {seconds:.1f} s; compiling and capturing took "
+              f"{preparing_seconds(engine):.1f} s in all", flush=True)  # fmt: skip
+        del engine  # and its caches, which at 256 images fill half of a GPU
+    free_memory(device)
+    return times, ready
 
 
 def report(
@@ -210,22 +241,17 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     print(f"{args.gpt_model}, {args.image_size} px, {dtype}, {device}, {torch.get_num_threads()} threads, guidance "
           f"{args.cfg_scale:g}: copies {ceilings['bandwidth'] / 1e9:.1f} GB/s (read and written), large products "
           f"{ceilings['flops'] / 1e9:.0f} GFLOP/s")  # fmt: skip
-    engines = variants(model, args)
-    for name, (engine, seconds) in engines.items():
-        print(f"{name}: ready after {seconds:.1f} s, of which {engine.compile_seconds:.1f} s compiling")
-    batches = [
-        report(model, batch, measure_batch(model, engines, batch, args, device), ceilings, args)
-        for batch in args.batch_size
-    ]
+    times, ready = measure_all(model, args, device)
+    batches = [report(model, batch, found, ceilings, args) for batch, found in times.items()]
     vq = vq_seconds(model, 1 if args.quick else min(max(args.batch_size), 8), device)
-    print(f"\nVQ-16 decoder, float32: {vq:.2f} s an image")
-    exact = [o for name, o in batches[-1].items() if name in engines and " " not in name]
+    print(f"\nVQ-16 decoder, float32: {vq * 1e3:.2f} ms an image")
+    exact = [o for name, o in batches[-1].items() if name in ready and " " not in name]
     return {
         "model": args.gpt_model, "image_size": args.image_size, "precision": args.precision, "device": str(device),
         "threads": torch.get_num_threads(), "cfg_scale": args.cfg_scale,
         "copy_gb_per_s": round(ceilings["bandwidth"] / 1e9, 2), "matmul_gflops": round(ceilings["flops"] / 1e9, 1),
-        "ready_s": {name: round(seconds, 2) for name, (_, seconds) in engines.items()},
-        "vq_s_per_image": round(vq, 3), "batches": batches, "speedup": max(o["ratio"] for o in exact),
+        "ready_s": {name: round(seconds, 2) for name, seconds in ready.items()},
+        "vq_s_per_image": round(vq, 6), "batches": batches, "speedup": max(o["ratio"] for o in exact),
     }  # fmt: skip
 
 

@@ -33,29 +33,35 @@ class Inception:
     """Pictures to features: uint8 (N, H, W, 3), RGB, any size -> pool (N, 2048), spatial (N, 2023), probabilities.
 
     `path` is the frozen graph. `comparable` is true for the published file alone (known by its hash): the Frechet
-    distance of any other weights is no FID. Such a file must have the published layers, in any width.
+    distance of any other weights is no FID. Such a file must have the published layers, in any width. `memory_format`
+    is that of weights and feature maps.
 
     Raises:
         FileNotFoundError, GraphFileError: when `path` cannot be read or is another network.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
         weights = identify(path)
         nodes = read_graph(path)
-        self.device = torch.device(device)
+        self.device, self.memory_format = torch.device(device), memory_format
         self.comparable, self.label = weights.published, f"{weights.name}, torch"
         self.network = GraphNetwork(nodes, INPUT, (POOL, SPATIAL))
         if not weights.published:
             check_topology(self.network, path)
-        self.network.to(self.device, memory_format=torch.channels_last).eval()
+        self.network.to(self.device, memory_format=memory_format).eval()
         self.classifier = _tensor(nodes[_source(nodes, CLASSIFIER, 1)]).to(self.device)  # its bias is not used
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
         check_pictures(pictures)
         with exact_float32():
-            images = pictures.to(self.device).permute(0, 3, 1, 2).float()
-            found = self.network(images)
+            images = pictures.to(self.device).permute(0, 3, 1, 2)
+            found = self.network(images.to(torch.float32, memory_format=self.memory_format))
         pool = found[POOL].flatten(1)
         spatial = found[SPATIAL][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return {"pool": pool, "spatial": spatial, "probabilities": class_probabilities(pool, self.classifier)}

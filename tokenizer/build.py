@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.coding import layout_of
 from tokenizer.tokenizer_image.quantizers import QUANTIZERS, code_shape, kind_of
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils import checkpoint
@@ -81,7 +82,7 @@ def load_tokenizer(args: argparse.Namespace, device: torch.device) -> VQModel:
     _refuse_other_norm(content.get("args"), model, args.vq_ckpt)
     weights = checkpoint.state_dict_of(content, args.vq_ckpt, prefer_ema=True)
     checkpoint.fit(model, weights, args.vq_ckpt, describe_weights)
-    return model.to(device, memory_format=torch.channels_last).eval()  # convolutions are faster in this layout
+    return model.to(device, memory_format=layout_of(device)).eval()
 
 
 def _refuse_other_norm(trained_with: Any, model: VQModel, source: str) -> None:

@@ -1,39 +1,154 @@
-"""Images to codes and back; on a CPU neither depends on what else is in the batch."""
+"""Images to codes and back, as each device does it best: how many at a time, in which layout and number format.
+
+On a CPU neither depends on what else is in the batch. There a convolution rounds differently for a batch of one, and
+with one thread for 16, so images go one at a time. A batch of images of 256 pixels would be no faster; one of 64
+pixels would save two or three milliseconds an image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenizer.layers import CodeAutoencoder
 from tokenizer.nearest import exact_arithmetic
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.batches import in_batches
+from utils.precision import DTYPES
+
+GPU_BATCH = 32  # images that a GPU takes at a time: enough to fill one, and ten crops of 384 pixels fit in memory
+ENCODE_PRECISIONS = ("exact", "tf32")
 
 
-@torch.no_grad()
-def encode_images(tokenizer: VQModel, images: Tensor, batch_size: int = 16) -> Tensor:
-    """The codes int32 (B, N) of images (B, 3, H, W) in [-1, 1], in full float32 whatever the surroundings.
+def layout_of(device: torch.device | str, compiled: bool = False) -> torch.memory_format:
+    """The memory format in which a tokenizer is fastest.
 
-    A GPU takes `batch_size` images at a time, without TF32 and by convolutions that do not depend on timing.
+    Channels last suits convolutions, but PyTorch's GroupNorm on a GPU computes in the other one: every block would copy
+    its feature map twice. Compiled code has a GroupNorm of its own.
     """
-    with exact_arithmetic(images.device.type):
-        codes = torch.cat([tokenizer.encode(part)[2][2] for part in _parts(images.float(), batch_size)])
-    return codes.view(len(images), -1).to(torch.int32)
+    return torch.channels_last if compiled or torch.device(device).type == "cpu" else torch.contiguous_format
 
 
-@torch.no_grad()
+class _Parts:
+    """The groups in which rows go through a tokenizer; smaller for good once the memory did not suffice."""
+
+    def __init__(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, found {batch_size}")
+        self.batch_size = batch_size
+
+    def apply(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``work(rows)``, group by group."""
+        if not len(rows):
+            return work(rows)
+        size = 1 if rows.device.type == "cpu" else self.batch_size
+        groups = [range(len(rows))[first : first + size] for first in range(0, len(rows), size)]
+        done = list(in_batches(lambda numbers: work(rows[numbers[0] : numbers[-1] + 1]), groups))
+        if len(done) > len(groups):
+            self.batch_size = max(len(numbers) for numbers, _ in done)
+        return torch.cat([result for _, result in done])
+
+
+class ImageEncoder:
+    """Images to codes, in full float32 whatever the surroundings.
+
+    A GPU takes `batch_size` images at a time (halves of that, from there on, where its memory does not suffice),
+    without TF32 and by convolutions that do not depend on timing. `precision` "tf32" lets its convolutions use TF32:
+    several times as fast, and a few codes are others. On a CPU it changes nothing.
+
+    Raises:
+        ValueError: an unknown precision, a batch size below 1, or too little memory for a single image.
+    """
+
+    def __init__(self, tokenizer: CodeAutoencoder, batch_size: int = GPU_BATCH, precision: str = "exact") -> None:
+        if precision not in ENCODE_PRECISIONS:
+            raise ValueError(f"images are encoded as {' or '.join(ENCODE_PRECISIONS)}, not as {precision!r}")
+        self.tokenizer, self.precision, self._parts = tokenizer, precision, _Parts(batch_size)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Codes int32 (B, N) of images (B, 3, H, W) in [-1, 1]."""
+        with exact_arithmetic(images.device.type, tf32_convolutions=self.precision == "tf32"):
+            codes = self._parts.apply(lambda part: self.tokenizer.encode(part)[2][2], images.float())
+        return codes.view(len(images), -1).to(torch.int32)
+
+    def of_views(self, crops: Tensor) -> Tensor:
+        """Codes int32 (B, A, N) of A views of each image, (B, A, 3, H, W) in [-1, 1]."""
+        return self(crops.flatten(0, 1)).view(*crops.shape[:2], -1)
+
+
+def encode_images(
+    tokenizer: CodeAutoencoder, images: Tensor, batch_size: int = GPU_BATCH, precision: str = "exact"
+) -> Tensor:
+    """The codes int32 (B, N) of images (B, 3, H, W) in [-1, 1], by an `ImageEncoder`."""
+    return ImageEncoder(tokenizer, batch_size, precision)(images)
+
+
+class ImageDecoder:
+    """Codes to images: the decoding half of a tokenizer, in a format and layout of its own.
+
+    A GPU takes `batch_size` images at a time, halves of that where its memory does not suffice. Codes are looked up in
+    the codebook's own format.
+
+    Args:
+        tokenizer: in evaluation mode and in its final place. It is left as it is; without further arguments its own
+            weights are used, else a copy of them.
+        precision: "none" decodes in the tokenizer's format; with "bf16" or "fp16" weights and activations have that
+            one (the statistics of a norm are float32 all the same).
+        compiled: by torch.compile, which takes its time at the first batch. Batches are then filled up to a power of
+            two, so that few sizes are compiled.
+        memory_format: of the copy's weights and feature maps; the default is `layout_of` the device.
+
+    Raises:
+        KeyError: an unknown precision.
+        ValueError: a batch size below 1; when called, too little memory for a single image.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CodeAutoencoder,
+        precision: str = "none",
+        compiled: bool = False,
+        batch_size: int = GPU_BATCH,
+        memory_format: torch.memory_format | None = None,
+    ) -> None:
+        self.lookup, self.channels = tokenizer.quantize.get_codebook_entry, tokenizer.post_quant_conv.in_channels
+        self.decode = nn.Sequential(tokenizer.post_quant_conv, tokenizer.decoder)
+        self.compiled, self._parts = compiled, _Parts(batch_size)
+        weight = tokenizer.post_quant_conv.weight
+        self.form: dict[str, Any] = {"dtype": weight.dtype if precision == "none" else DTYPES[precision]}
+        if precision != "none" or compiled or memory_format:
+            self.form["memory_format"] = memory_format or layout_of(weight.device, compiled)
+            self.decode = copy.deepcopy(self.decode).to(**self.form)
+        if compiled:
+            self.decode.compile(dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, codes: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Images (B, 3, H, W) float32, nominally in [-1, 1], of codes (B, h*w).
+
+        `grid` is (h, w); the default is a square.
+        """
+        edge = int(codes.shape[1] ** 0.5)
+        shape = (self.channels, *(grid or (edge, edge)))
+        return self._parts.apply(lambda part: self._images(part, shape), codes)
+
+    def _images(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
+        count = len(codes)
+        if self.compiled:
+            codes = torch.cat([codes, codes[:1].expand(self._filled(count) - count, -1)])
+        quant = self.lookup(codes, (len(codes), *shape))
+        return self.decode(quant.to(**self.form))[:count].float()
+
+    def _filled(self, count: int) -> int:
+        """The size of a compiled batch that holds `count` images."""
+        return min(2 ** (count - 1).bit_length(), max(count, self._parts.batch_size)) if count else 0
+
+
 def decode_codes(tokenizer: VQModel, codes: Tensor) -> Tensor:
-    """Pictures of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1]."""
-    edge = int(codes.shape[1] ** 0.5)
-    shape = (tokenizer.config.codebook_embed_dim, edge, edge)
-    return torch.cat([tokenizer.decode_code(part, (len(part), *shape)) for part in _parts(codes, 16)])
-
-
-def _parts(rows: Tensor, batch_size: int) -> Sequence[Tensor]:
-    """Rows in the groups that go through a tokenizer together: on a CPU one at a time.
-
-    There a convolution rounds differently for a batch of one, and with one thread for 16. A batch of pictures
-    of 256 pixels would be no faster; one of 64 pixels would save two or three milliseconds a picture.
-    """
-    return rows.split(1 if rows.device.type == "cpu" else batch_size)
+    """Images of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1], by an `ImageDecoder`."""
+    return ImageDecoder(tokenizer)(codes)

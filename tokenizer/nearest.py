@@ -46,13 +46,15 @@ def _set_cuda_precision(precision: str) -> None:
 
 
 @contextmanager
-def exact_arithmetic(device_type: str) -> Iterator[None]:
-    """`full_float32`, and convolutions without TF32 by algorithms that do not depend on timing.
+def exact_arithmetic(device_type: str, tf32_convolutions: bool = False) -> Iterator[None]:
+    """`full_float32`, and convolutions by algorithms that do not depend on timing, without TF32 unless asked for.
 
     What is encoded in here has the same codes whatever images share its batch, and on any GPU of a kind.
     """
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with full_float32(device_type), exact:
+    algorithms = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32_convolutions
+    )
+    with full_float32(device_type), algorithms:
         yield
 
 
@@ -120,7 +122,7 @@ def lookup(indices: Tensor, codebook: Tensor, shape: Sequence[int] | None = None
         shape: (B, D, H, W), or (B, H, W, D) with `channel_first` off. None gives ``indices.shape + (D,)``.
 
     Raises:
-        IndexError: an index is negative or not below K.
+        IndexError: an index is negative or not below K. A GPU stops by the look-up's own assertion in its place.
         ValueError: `shape` does not fit the indices or the codebook.
     """
     _check_indices(indices, len(codebook))
@@ -141,7 +143,8 @@ def lookup(indices: Tensor, codebook: Tensor, shape: Sequence[int] | None = None
 
 
 def _check_indices(indices: Tensor, codebook_size: int) -> None:
-    if torch.compiler.is_compiling() or not indices.numel():
+    # Reading the limits back would make the host wait for a GPU, whose look-up asserts the same; "meta" has no values.
+    if torch.compiler.is_compiling() or indices.device.type in ("cuda", "meta") or not indices.numel():
         return
     low, high = (int(limit) for limit in indices.aminmax())
     if low < 0 or high >= codebook_size:

@@ -24,13 +24,14 @@ from dataset.build import build_dataset
 from dataset.packed import sha256_of
 from evaluations.image_quality import psnr, ssim, ssim_established
 from evaluations.render import Drawn, beside, read_notes, render
+from tokenizer.coding import ImageDecoder
+from tokenizer.layers import CodeAutoencoder
 from tokenizer.nearest import exact_arithmetic
 from utils.args import add_runtime_args, add_seed_arg, apply_threads, num_workers
 from utils.checkpoint import file_of
 from utils.distributed import barrier, get_world_size, is_main, process_group, read_launch
 from utils.files import write_atomic, write_json
 from utils.image import resize_bicubic, to_uint8
-from utils.precision import autocast
 
 # Images (B, 3, H, W) in [-1, 1] and their numbers in the data set -> images alike. The numbers seed what is random.
 Reconstruct = Callable[[Tensor, Sequence[int]], Tensor]
@@ -88,7 +89,7 @@ def add_decode_precision_arg(parser: argparse.ArgumentParser) -> None:
         "--decode-precision",
         choices=["none", "bf16", "fp16"],
         default="none",
-        help="format of the decoder; none is float32. Images are always encoded in float32",
+        help="format of the decoder's weights and feature maps; none is float32. Images are always encoded in float32",
     )
 
 
@@ -284,15 +285,18 @@ class Prefetched:
         return self.dataset[index][0]
 
 
-def code_autoencoder(model: Any, device: torch.device, decode_precision: str = "none") -> Reconstruct:
-    """Through the codes of a VQ model of either family, as they would be stored: always encoded in float32."""
+def code_autoencoder(model: CodeAutoencoder, device: torch.device, decode_precision: str = "none") -> Reconstruct:
+    """Through the codes of a VQ model of either family, as they would be stored: always encoded in float32.
+
+    With the precision "none" decoding is without TF32 too, and in batches of the caller.
+    """
+    decode = None if decode_precision == "none" else ImageDecoder(model, decode_precision)
 
     def reconstruct(images: Tensor, _: Sequence[int]) -> Tensor:
         with exact_arithmetic(device.type):
             quant, _, (_, _, codes) = model.encode(images)
-            if decode_precision == "none":
+            if decode is None:
                 return model.decode_code(codes, quant.shape)
-        with autocast(device, decode_precision):
-            return model.decode_code(codes, quant.shape)
+        return decode(codes.view(len(images), -1), quant.shape[2:])
 
     return reconstruct

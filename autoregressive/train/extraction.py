@@ -29,7 +29,7 @@ from dataset.packed import SUFFIX, sha256_of
 from dataset.packing import SHARD_SIZE, PackedWriter
 from dataset.t2i import ListedImages
 from tokenizer.build import load_tokenizer
-from tokenizer.coding import encode_images
+from tokenizer.coding import ENCODE_PRECISIONS, GPU_BATCH, ImageEncoder
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint
 from utils.args import apply_threads, num_workers
@@ -40,7 +40,16 @@ from utils.progress import progress
 
 def add_extraction_args(group: argparse._ArgumentGroup) -> None:
     """How images are encoded and codes are stored."""
-    group.add_argument("--batch-size", type=int, default=16, help="images that are encoded at once")
+    group.add_argument(
+        "--batch-size", type=int, default=16, help=f"images of a batch; a GPU encodes up to {GPU_BATCH} crops at once"
+    )
+    group.add_argument(
+        "--encode-precision",
+        choices=ENCODE_PRECISIONS,
+        default="exact",
+        help="on a GPU, tf32 lets convolutions use TF32: faster, and some codes are others; the share of equal ones in "
+        "the first batch is printed. On a CPU both are the same",
+    )
     group.add_argument(
         "--layout",
         choices=["packed", "files"],
@@ -74,7 +83,7 @@ def extract(args: argparse.Namespace) -> None:
             "data_path": str(Path(args.data_path).resolve()),
             "images": len(images),
             "crops": f"ten-crop {args.crop_range}" if args.ten_crop else "centre and mirror",
-            **_common_settings(args),
+            **_common_settings(args, device),
             "classes": list(getattr(images, "classes", [])),
         }
         if args.layout == "files":
@@ -103,7 +112,7 @@ def extract_captions(args: argparse.Namespace) -> None:
         settings = {
             "data_path": str(Path(args.data_path).resolve()),
             "crops": f"ten-crop {args.crop_range}" if args.ten_crop else "centre",
-            **_common_settings(args),
+            **_common_settings(args, device),
         }
         if args.layout == "files":
             _claim_folder(args, settings)
@@ -159,6 +168,7 @@ class Job:
         self, args: argparse.Namespace, tokenizer: VQModel, images: NumberedImages, device: torch.device
     ) -> None:
         self.args, self.tokenizer, self.images, self.device = args, tokenizer, images, device
+        self.encode = ImageEncoder(tokenizer, precision=args.encode_precision)
 
     def encoded(self, batches: list[Sequence[int]]) -> Iterator[Encoded]:
         """The codes of each of `batches`, in this order."""
@@ -169,13 +179,23 @@ class Job:
             num_workers=num_workers(self.args, read_launch().local_size),
             pin_memory=self.device.type == "cuda",
         )
+        compare = self.args.encode_precision != "exact"
         for asked, batch in zip(batches, loader):
             if batch is None:
                 yield Encoded(asked, [], np.empty(0), np.empty(0))
                 continue
             indices, crops, labels = batch
-            codes = encode_crops(self.tokenizer, crops.to(self.device, non_blocking=True))
+            crops = crops.to(self.device, non_blocking=True)
+            codes = self.encode.of_views(crops).long()
+            if compare:
+                compare = False
+                self._compare(crops, codes)
             yield Encoded(asked, indices.tolist(), codes.cpu().numpy(), labels.numpy())
+
+    def _compare(self, crops: Tensor, codes: Tensor) -> None:
+        """Say how many of the codes (B, A, N) of crops (B, A, 3, S, S) are those of exact arithmetic."""
+        share = (encode_crops(self.tokenizer, crops) == codes).double().mean().item()
+        print(f"rank {get_rank()}: {share:.2%} of the first {codes.numel():,} codes are the exact ones", flush=True)
 
     def write_files(self, has: Callable[[int], bool], write: Callable[[int, np.ndarray, int], None]) -> None:
         """One file per image; images for which `has` is true are skipped."""
@@ -252,17 +272,22 @@ def _report_missing(missing: list[int]) -> None:
 
 
 def encode_crops(tokenizer: VQModel, crops: Tensor) -> Tensor:
-    """Codes of crops (B, A, 3, S, S) in [-1, 1]: int64 (B, A, N). A GPU takes all of them at once."""
-    batch, views = crops.shape[:2]
-    return encode_images(tokenizer, crops.flatten(0, 1), batch * views).view(batch, views, -1).long()
+    """Codes of crops (B, A, 3, S, S) in [-1, 1]: int64 (B, A, N), in exact arithmetic."""
+    return ImageEncoder(tokenizer).of_views(crops).long()
 
 
-def _common_settings(args: argparse.Namespace) -> dict[str, Any]:
+def _common_settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    reduced = args.encode_precision != "exact" and _tf32_there(device)
     return {
         "image_size": args.image_size,
         "tokenizer": args.vq_model,
         "tokenizer_sha256": broadcast_object(is_main() and sha256_of(checkpoint.file_of(args.vq_ckpt))),
+        **({"encode_precision": args.encode_precision} if reduced else {}),  # codes of earlier versions have no note
     }
+
+
+def _tf32_there(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _image_paths(images: Dataset) -> list[Path]:

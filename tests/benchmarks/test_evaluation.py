@@ -40,16 +40,48 @@ class Fast:
         return {"pool": pictures.float().mean(dim=(1, 2))}
 
 
-def test_the_last_line_is_one_json_object(monkeypatch, capsys):
+@pytest.fixture
+def fast(monkeypatch):
+    """No network and no large matrices; as installed, TensorFlow is."""
     monkeypatch.setattr(evaluation, "write_graph", lambda _: None)
     monkeypatch.setattr(evaluation, "load_network", lambda *_: Fast())
-    distance = evaluation.measure_distance(60, 16)
+    distance = evaluation.measure_distance(torch.device("cpu"), 60, 16)
     assert distance["relative_difference"] < 1e-6
-    monkeypatch.setattr(evaluation, "measure_distance", lambda: distance)
-    monkeypatch.setattr(evaluation.torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", "--images", "9", "--size", "8", "--rounds", "2"])
+    monkeypatch.setattr(evaluation, "measure_distance", lambda _: distance)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: True)
+    return distance
+
+
+def measured(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", "--images", "9", "--size", "8", "--rounds", "2", *flags])
     evaluation.main()
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert len(lines) == 5 and result["largest_difference"] == 0 and result["distance"] == distance
+    *lines, last = capsys.readouterr().out.splitlines()
+    return lines, json.loads(last)
+
+
+def test_the_last_line_is_one_json_object(fast, monkeypatch, capsys):
+    threads = []
+    monkeypatch.setattr(evaluation.torch, "set_num_threads", threads.append)
+    lines, result = measured(monkeypatch, capsys)
+    assert len(lines) == 4 and result["largest_difference"] == 0 and result["distance"] == fast
     assert result["speedup"] == pytest.approx(result["torch"] / result["tensorflow"], rel=0.01)
+    measured(monkeypatch, capsys, "--num-threads", "3")
+    assert threads == [1, 3]
+
+
+def test_without_tensorflow_pytorch_is_measured_alone(fast, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: None)
+    lines, result = measured(monkeypatch, capsys)
+    assert lines[0] == "TensorFlow is not installed: PyTorch is measured alone" and len(lines) == 3
+    assert result["speedup"] is None and "tensorflow" not in result and result["torch"] > 0
+
+
+def test_a_gpu_keeps_the_threads_and_tries_both_layouts(fast, monkeypatch, capsys):
+    made, threads = [], []
+    monkeypatch.setattr(evaluation, "Inception", lambda graph, *form: made.append(form) or Fast())
+    monkeypatch.setattr(evaluation.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(evaluation.torch.cuda, "synchronize", lambda _: None)
+    _, result = measured(monkeypatch, capsys, "--device", "cuda")
+    assert made == [(torch.device("cuda"), torch.contiguous_format)] and threads == []
+    assert result["torch_channels_first"] > 0 and result["device"] == "cuda"

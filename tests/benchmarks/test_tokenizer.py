@@ -42,6 +42,36 @@ def test_another_model_is_noticed(pair):
     ours.load_state_dict(state)
 
 
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_models_are_compared_without_tf32(pair, tf32):
+    plain, ours = pair
+    seen, cudnn, matmul = [], torch.backends.cudnn, torch.backends.cuda.matmul
+    watched = (plain.encoder, ours.encoder, ours.decoder)
+    watches = [m.register_forward_hook(lambda *_: seen.append((cudnn.allow_tf32, matmul.allow_tf32))) for m in watched]
+    assert cudnn.allow_tf32 and matmul.allow_tf32
+    benchmark.require_equal(plain, ours, torch.rand(1, 3, 32, 32))
+    for watch in watches:
+        watch.remove()
+    assert seen == [(False, False)] * 3
+
+
+def test_a_decoder_in_bf16_gives_the_same_images(pair):
+    plain, ours = pair
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    works = benchmark.picture_works(plain, ours, images)["decode"]
+    expected, found = (works[name]() for name in ("plain", "ours, bf16"))
+    assert works.keys() == {"plain", "ours", "ours, bf16"} and found.shape == expected.shape
+    assert 0 < (found - expected).abs().mean() < 0.02 * expected.std()
+
+
 def test_both_train_in_the_same_way():
     plain, ours = benchmark.both_models(CPU, "VQ-8-S")
     works = benchmark.training_works(plain, ours, torch.rand(2, 3, 64, 64) * 2 - 1, "none")

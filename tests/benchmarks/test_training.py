@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training
+from utils.guard import LossGuard
 
 FLAGS = ["--gpt-model", "GPT-XS", "--image-size", "64", "--batch-size", "2", "--device", "cpu"]
 
@@ -20,6 +21,26 @@ def test_variants_do_the_same_training():
     assert plain["tokens_per_second"] == pytest.approx(2 * 16 / plain["seconds_per_step"], rel=1e-2)
     assert trainer["mfu"] > 0 and trainer["peak_memory_gb"] > 0.1
     assert training.variants(torch.device("cuda"), True) == ["plain bf16", "trainer bf16", "trainer bf16 compiled"]
+
+
+def test_the_trainer_is_guarded_and_gets_micro_batches(monkeypatch):
+    judged, admits = [], LossGuard.admits
+
+    def spy(guard, loss, norm, number, batches):
+        judged.append((number, [batch[0].shape for batch in batches]))
+        return admits(guard, loss, norm, number, batches)
+
+    monkeypatch.setattr(LossGuard, "admits", spy)
+    args = training.parser().parse_args([*FLAGS, "--steps", "2", "--gradient-accumulation-steps", "2"])
+    plain, trainer = (training.measure(args, name) for name in ("plain fp32", "trainer none"))
+    assert judged == [(number, [(1, 1, 16)] * 2) for number in (1, 2, 3)]
+    assert plain["first_loss"] == pytest.approx(9.704, abs=1e-3) == trainer["first_loss"]  # means over micro-batches
+
+
+def test_batches_that_cannot_be_cut(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["training.py", *FLAGS, "--gradient-accumulation-steps", "3"])
+    with pytest.raises(ValueError, match="2 is not a multiple"):
+        training.main()
 
 
 def test_the_last_line_is_one_json_object(monkeypatch, capsys):

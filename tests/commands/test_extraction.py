@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.train import extract_codes_c2i, extract_codes_t2i
+from autoregressive.train import extract_codes_c2i, extract_codes_t2i, extraction
 from autoregressive.train.extraction import encode_crops, extract, extract_captions
 from dataset.augmentation import extraction_transform
 from dataset.codes import CodeFolder
@@ -26,6 +26,7 @@ from dataset.images import ClassFolders
 from dataset.packed import CaptionCodes, PackedCodes
 from tests.commands.shell import EXTRACT, VQ_SIZE, make_images, run
 from tests.commands.test_faults import start
+from tokenizer.coding import ImageEncoder
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import checkpoint
 
@@ -134,15 +135,39 @@ def test_only_missing_and_broken_shards_are_done_again(work, packed, tmp_path, m
     broken = store / "codes-00007.npy"
     broken.write_bytes(broken.read_bytes()[:-2])
     seen = []
-    real = encode_crops
+    real = ImageEncoder.of_views
 
-    def spy(tokenizer, crops):
+    def spy(encode, crops):
         seen.append(len(crops))
-        return real(tokenizer, crops)
+        return real(encode, crops)
 
-    monkeypatch.setattr("autoregressive.train.extraction.encode_crops", spy)
+    monkeypatch.setattr(ImageEncoder, "of_views", spy)
     c2i(work, tmp_path)
     assert seen == [1, 1] and contents(store) == contents(packed)
+
+
+def test_tf32_says_how_many_codes_are_exact_and_changes_none_on_a_cpu(work, packed, tmp_path, capsys):
+    c2i(work, tmp_path, "--encode-precision", "tf32", "--batch-size", 1)
+    assert capsys.readouterr().out.count("rank 0: 100.00% of the first 32 codes are the exact ones") == 1
+    assert contents(tmp_path / "imagenet16_packed") == contents(packed)
+
+
+def test_codes_of_tf32_are_counted_and_noted(work, tmp_path, capsys, monkeypatch):
+    """A convolution of TF32 does not exist here, so the first code of each view is changed by hand."""
+    real = ImageEncoder.__call__
+
+    def rough(encode, images):
+        codes = real(encode, images)
+        codes[:, 0] ^= encode.precision == "tf32"  # another code, of an even codebook
+        return codes
+
+    monkeypatch.setattr(ImageEncoder, "__call__", rough)
+    monkeypatch.setattr(extraction, "_tf32_there", lambda device: True)
+    c2i(work, tmp_path, "--encode-precision", "tf32")
+    assert "93.75% of the first 32 codes are the exact ones" in capsys.readouterr().out  # 15 of 16
+    assert PackedCodes(tmp_path / "imagenet16_packed").manifest["encode_precision"] == "tf32"
+    with pytest.raises(ValueError, match=r"another encode_precision \(tf32, now None\)"):
+        c2i(work, tmp_path)
 
 
 def test_unreadable_images_are_listed_in_the_manifest(work, packed, tmp_path, capsys):

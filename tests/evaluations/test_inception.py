@@ -67,6 +67,18 @@ def test_features_equal_tensorflows(name, network, pictures, tensorflow):
     close(seen["spatial"], tensorflow[f"{name}_spatial"])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_features_do_not_depend_on_the_layout(layout, network, pictures):
+    other, seen = Inception(GRAPH, memory_format=layout), []
+    name = next(name for name, layer in other.network.layers.items() if layer.extra_repr().startswith("conv"))
+    other.network.layers[name].register_forward_hook(lambda _, inputs, out: seen.append(out))
+    shown = next(iter(pictures.values()))[:2]
+    found, expected = other(shown), network(shown)
+    assert seen[0].is_contiguous(memory_format=layout)
+    for key, value in expected.items():
+        close(found[key], value)
+
+
 def test_features_of_many_pictures_equal_tensorflows(network, pictures, tensorflow, statistics):
     close(statistics[0].features[::8], tensorflow["ref_pool"])
     seen = network(pictures["sample"][::8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests import golden
 from tests.tokenizer.builders import hash_fill, keys_of, uniform
@@ -335,3 +336,13 @@ class TestRevival:
     def test_wrong_mask(self, used):
         with pytest.raises(ValueError, match="used must be"):
             revive_dead_codes(_quantizer(16), used, _random(5, 8))
+
+
+def test_a_gpu_is_not_waited_for_when_codes_are_looked_up():
+    """Fake tensors have a device and shapes, but no values that a host could read."""
+    with FakeTensorMode():
+        codes, codebook = torch.zeros(8, dtype=torch.long, device="cuda"), torch.zeros(10, 3, device="cuda")
+        found = lookup(codes, codebook, (2, 3, 2, 2))
+        assert found.device.type == "cuda" and found.shape == (2, 3, 2, 2)
+        with pytest.raises(DataDependentOutputException):
+            lookup(codes.cpu(), codebook.cpu(), (2, 3, 2, 2))

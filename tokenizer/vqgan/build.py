@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from tokenizer.coding import layout_of
 from tokenizer.vqgan.model import VQGAN_FROM_TAMING, VQModel
 from utils import checkpoint
 
@@ -33,7 +34,7 @@ def load_vqgan(args: argparse.Namespace, device: torch.device) -> VQModel:
     """
     model = VQModel(**read_config(args.vqgan_config or _ROOT / VQGAN_FROM_TAMING[args.vqgan][0]))
     checkpoint.load_weights(model, vqgan_checkpoint(args), ignore=("loss.",))
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device, memory_format=layout_of(device)).eval()
 
 
 def vqgan_checkpoint(args: argparse.Namespace) -> str:
