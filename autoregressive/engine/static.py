@@ -25,6 +25,7 @@ from autoregressive.models.guidance import null_rows_needed
 from autoregressive.models.noise import ImageNoise, exponential_noise
 from autoregressive.models.sampling import logits_to_probs
 
+_MOST_GRAPHS = 64  # a server's clients may ask for any sampling settings, and each has graphs of its own
 _BUCKET = 128  # positions; masks of other lengths than multiples of 8 are copied by the attention kernels
 
 
@@ -141,10 +142,13 @@ class StaticEngine(Engine):
         rows = 2 * padded_batch(-(-rows // 2))
         if self._cache is None or not self._cache.fits(rows, self.positions, dtype, device):
             self._cache = None
-            self._steps.clear(), self._fixed.clear(), self._buffers.clear()
-            if self._graphs is not None:
-                self._graphs.forget()
+            self._forget_steps()
         return super().new_cache(rows, self.positions, dtype, device, key_mask)
+
+    def _forget_steps(self) -> None:
+        self._steps.clear(), self._fixed.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def warm_up(self, images: int = 1, **options: Any) -> None:
         """Prepare the steps of batches of `images` sampled with `options` of `generate`."""
@@ -216,6 +220,8 @@ class StaticEngine(Engine):
     def _step(self, key: GraphKey, buffers: DecodeBuffers) -> Step:
         """What runs one step of this kind: a graph on a GPU, else the step itself."""
         if key not in self._steps:
+            if len(self._steps) == _MOST_GRAPHS:
+                self._forget_steps()
             started = time.perf_counter()
             self._steps[key] = self._prepare(key, buffers)
             self.ready_seconds += time.perf_counter() - started

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
+from autoregressive.engine import static
 from autoregressive.engine.static import StaticEngine, padded_batch
 from autoregressive.engine.weight_only import Int8Linear, int8_copy
 from autoregressive.models.generate import generate
@@ -110,6 +111,19 @@ def test_graphs_outlive_a_change_of_the_batch():
     assert graphs.dropped == 1  # by the first caches
     generate(engine, torch.arange(9) % 5, 9, generators=ImageNoise(range(9)), **options)
     assert (graphs.dropped, graphs.recorded) == (2, 6)  # larger caches are at other addresses
+
+
+def test_graphs_of_many_settings_are_dropped_in_time(monkeypatch):
+    monkeypatch.setattr(static, "_MOST_GRAPHS", 3)
+    model = random_model()
+    engine = StaticEngine(model, compile_blocks=False)
+    engine._graphs = graphs = FakeGraphs()
+    for top_k in range(1, 9):
+        tokens, expected = (
+            generate(m, torch.tensor([1]), 9, generators=ImageNoise([3]), top_k=top_k) for m in (engine, model)
+        )
+        assert torch.equal(tokens, expected) and len(engine._steps) <= 3
+    assert graphs.recorded == 8 and graphs.dropped == 1 + 2
 
 
 def test_warming_up_records_what_the_first_generation_needs():
