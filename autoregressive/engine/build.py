@@ -24,8 +24,8 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
         choices=ENGINES,
         default="auto",
         help="native: C++ on a CPU, compiled on first use; triton: fused kernels and CUDA graphs on an NVIDIA GPU; "
-        "compiled: torch.compile, on a GPU with CUDA graphs; eager: PyTorch as it is; auto: triton on a GPU, native on a "
-        "CPU",
+        "compiled: torch.compile, on a GPU with CUDA graphs; eager: PyTorch as it is; auto: triton on a GPU, native on "
+        "a CPU",
     )
     group.add_argument(
         "--quantize",
