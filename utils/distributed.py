@@ -173,9 +173,14 @@ def broadcast_object(value: Any) -> Any:
 
 def group_device() -> torch.device:
     """The device whose tensors this process exchanges with the others: its GPU under nccl, else the CPU."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if dist.is_initialized() and has_nccl(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def has_nccl(backend: str) -> bool:
+    """Whether `backend`, as torch names that of a group ("nccl", "gloo", "cpu:gloo,cuda:nccl"), exchanges over nccl."""
+    return any(part.split(":")[-1] == "nccl" for part in backend.lower().split(","))
 
 
 def gather_objects(value: Any) -> list[Any]:
