@@ -217,8 +217,8 @@ def broadcast(tensor: Tensor) -> None:
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap in DDP when there are several processes. Buffers stay each rank's own.
 
-    The only buffers here are the codebook-usage window and batch-norm statistics; broadcasting them on every forward
-    would replace what the other ranks saw by what rank 0 saw.
+    The only buffers here that change are the codebook-usage window and batch-norm statistics; broadcasting them on
+    every forward would replace what the other ranks saw by what rank 0 saw.
     """
     if get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model

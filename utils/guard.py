@@ -147,7 +147,7 @@ class _HostCopy:
     """The values of a tensor, on their way to the host."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self._values.copy_(values, non_blocking=True)
         self._event = torch.cuda.Event(blocking=True) if values.is_cuda else None
         if self._event is not None:
