@@ -70,8 +70,13 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
 
     def global_batch(self, number: int) -> list[Draw]:
         """All draws of global batch `number`, counted from the start of training."""
+        return self._draws(number, 0, self.global_batch_size)
+
+    def _draws(self, number: int, first: int, count: int) -> list[Draw]:
+        """The `count` draws of global batch `number` from its draw `first` on; no others are seeded, which is slow."""
         epoch, batch = divmod(number, self.batches_per_epoch)
-        order = self._order(epoch)[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+        start = batch * self.global_batch_size + first
+        order = self._order(epoch)[start : start + count]
         return [Draw(index, mix_seed(self.seed, epoch, index)) for index in order.tolist()]
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -84,10 +89,8 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
         micro = self.global_batch_size // (self.world_size * self.accumulation)
         number = self.start
         while True:
-            draws = self.global_batch(number)
             for part in range(self.accumulation):
-                first = (part * self.world_size + self.rank) * micro
-                yield draws[first : first + micro]
+                yield self._draws(number, (part * self.world_size + self.rank) * micro, micro)
             number += 1
 
 

@@ -173,9 +173,14 @@ def broadcast_object(value: Any) -> Any:
 
 def group_device() -> torch.device:
     """The device whose tensors this process exchanges with the others: its GPU under nccl, else the CPU."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if dist.is_initialized() and has_nccl(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def has_nccl(backend: str) -> bool:
+    """Whether `backend`, as torch names that of a group ("nccl", "gloo", "cpu:gloo,cuda:nccl"), exchanges over nccl."""
+    return any(part.split(":")[-1] == "nccl" for part in backend.lower().split(","))
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -212,8 +217,8 @@ def broadcast(tensor: Tensor) -> None:
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap in DDP when there are several processes. Buffers stay each rank's own.
 
-    The only buffers here are the codebook-usage window and batch-norm statistics; broadcasting them on every forward
-    would replace what the other ranks saw by what rank 0 saw.
+    The only buffers here that change are the codebook-usage window and batch-norm statistics; broadcasting them on
+    every forward would replace what the other ranks saw by what rank 0 saw.
     """
     if get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model

@@ -9,7 +9,10 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from utils import checkpoint
 from utils.distributed import get_rank
@@ -96,3 +99,70 @@ class LossGuard:
         """Restore it."""
         self.recent = deque(state["recent"], maxlen=RECENT)
         self.in_a_row = state["in_a_row"]
+
+
+class DeviceGuard:
+    """`LossGuard` for steps that are refused on the device, where the loss is: the host does not wait for it.
+
+    `guard` hears a step's loss when the next step is judged, or at `settle`. It judges by the same rule, so it reports
+    what was refused, and stops before the next update. At that time the device is busy with the next step already.
+    """
+
+    def __init__(self, guard: LossGuard) -> None:
+        self.guard = guard
+        self._unheard: _Judged | None = None
+
+    def refused(self, loss: Tensor, norm: Tensor, number: int, batches: Sequence[Any]) -> Tensor:
+        """1 if step `number` must not change the weights, else 0; float32, 0-d, on the device of `loss`.
+
+        Args:
+            loss: 0-d floating point; all processes must give the same.
+            norm: 0-d, the norm of the gradients, on the same device; likewise.
+            number: the step's.
+            batches: kept until the next call, for the report.
+
+        Raises:
+            ValueError: when the step before this one ends the training (`LossGuard.admits`).
+        """
+        self.settle()
+        numbers = torch.stack([loss, norm.to(loss.dtype)])
+        spike = numbers[0].double() > self.guard.limit()  # in float64, as on the host
+        self._unheard = _Judged(number, batches, _HostCopy(numbers))
+        return (~numbers.isfinite().all() | spike).float()
+
+    def settle(self) -> None:
+        """Let the guard hear of the last step, once its loss is known.
+
+        Raises:
+            ValueError: when that step ends the training (`LossGuard.admits`).
+        """
+        if self._unheard is None:
+            return
+        step, self._unheard = self._unheard, None
+        loss, norm = step.numbers.read()
+        self.guard.admits(loss, norm, step.number, step.batches)
+
+
+class _HostCopy:
+    """The values of a tensor, on their way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event(blocking=True) if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The values, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+class _Judged(NamedTuple):
+    """A step that the device has judged and the guard does not know of yet."""
+
+    number: int
+    batches: Sequence[Any]
+    numbers: _HostCopy  # loss and gradient norm

@@ -101,6 +101,14 @@ class Optimizers:
         """All parameters under optimization, in order."""
         return [p for member in self.members for group in member.param_groups for p in group["params"]]
 
+    @property
+    def fused(self) -> bool:
+        """Whether all members are fused AdamW, whose kernels can scale gradients and leave a step out."""
+        return all(
+            isinstance(member, torch.optim.AdamW) and all(group["fused"] for group in member.param_groups)
+            for member in self.members
+        )
+
     def set_lr_factor(self, factor: float) -> None:
         """Set every learning rate to `factor` times the one it was made with, whatever a loaded state said."""
         for member, lrs in zip(self.members, self._base_lrs):
@@ -124,8 +132,35 @@ class Optimizers:
         scaler.update()
         self.zero_grad()
 
+    def norm(self) -> Tensor:
+        """The global norm of the gradients, 0-d."""
+        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+
+    @torch.no_grad()
+    def step_scaled(self, norm: Tensor, max_norm: float, refused: Tensor | None = None) -> None:
+        """Step with gradients clipped from their `norm` to `max_norm` (0 = no clipping), and clear them.
+
+        Only for `fused` optimizers: their kernel clips as it reads the gradients, which needs no pass of its own. All
+        is decided on the device; the host waits for nothing.
+
+        Args:
+            norm: 0-d float32, the global norm of the gradients.
+            max_norm: the largest norm, 0 or more.
+            refused: 0-d float32; where it is 1, weights, moments and step counts stay as they are.
+        """
+        divisor = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm > 0 else None  # the 1e-6 of clip_grad_norm_
+        for member in self.members:
+            member.grad_scale, member.found_inf = divisor, refused  # type: ignore[attr-defined]
+            member.step()
+            del member.grad_scale, member.found_inf  # type: ignore[attr-defined]
+        self.zero_grad()
+
     def update(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
-        """`clip`, then `apply`. Returns the norm before clipping."""
+        """Clip the gradients and step with them. Returns the norm before clipping."""
+        if self.fused and not scaler.is_enabled() and self.parameters[0].is_cuda:
+            norm = self.norm()
+            self.step_scaled(norm, max_norm)
+            return norm
         norm = self.clip(scaler, max_norm)
         self.apply(scaler)
         return norm

@@ -37,6 +37,7 @@ from utils.summary import draw_summary
 from utils.throughput import StepCost, log_line, speed_of
 
 Step = Callable[[Sequence[Any], int], Mapping[str, Tensor]]
+REFUSED = "refused"  # what a step reports under this name is 1 if its other values do not count, else 0
 
 
 @dataclass
@@ -76,13 +77,15 @@ class Trainer:
     """Runs `step` until `settings.total_steps`.
 
     Args:
-        step: (micro-batches, step number) -> named scalar tensors; the first one is the loss that is watched.
+        step: (micro-batches, step number) -> named scalar tensors; the first one is the loss that is watched. A step
+            that was refused returns none, or 1 under `REFUSED`.
         stateful: name -> object with state_dict and load_state_dict; together they are the checkpoint.
         extra: plain values that go into every checkpoint (the command's arguments).
         validate: returns named numbers; called every `val_every` steps and at the end, on every rank.
         pictures: returns named images (N, 3, H, W) in [-1, 1]; called with each validation, on every rank. Those of
             rank 0 are written to pictures/ in the run's folder, eight in a row.
         cost: what a step costs, for tokens per second and MFU.
+        settle: waits for the verdict on the last step, if the step does not; called before each checkpoint.
     """
 
     run: RunFolder
@@ -96,6 +99,7 @@ class Trainer:
     validate: Callable[[], Mapping[str, float]] | None = None
     pictures: Callable[[], Mapping[str, Tensor]] | None = None
     cost: StepCost | None = None
+    settle: Callable[[], None] = lambda: None
     steps_done: int = 0
     saver: Saver = field(init=False)
 
@@ -128,6 +132,7 @@ class Trainer:
                         self._show(metrics)
                 stopping = self._should_stop(stop)
                 if stopping or self._due(self.settings.ckpt_every, at_end=True):
+                    self.settle()
                     self._finite_means(window)  # never replace a good checkpoint by a broken one
                     with window.paused():
                         self.save()
@@ -216,7 +221,7 @@ class Trainer:
 
 
 class _Window:
-    """Keeps named losses on the device between two log lines, without waiting for it."""
+    """Keeps named losses where they are, mostly on `device`, between two log lines, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -225,20 +230,30 @@ class _Window:
     def reset(self) -> None:
         """Start anew."""
         self.values: dict[str, list[Tensor]] = {}
+        self.refused: dict[str, list[Tensor]] = {}  # for each value whether it counts, if the step says so
         self.count, self.started = 0, time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add the losses of one step."""
         for name, value in values.items():
-            self.values.setdefault(name, []).append(torch.as_tensor(value, device=self.device).detach().float())
+            if name == REFUSED:
+                continue
+            self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+            if REFUSED in values:
+                self.refused.setdefault(name, []).append(values[REFUSED])
         self.count += 1
 
     def means(self) -> dict[str, float]:
-        """Means over the window and all ranks."""
-        if not self.values:
+        """Means over the window and all ranks, of the steps that were not refused; waits for the device."""
+        counted = {name: self._counted(name) for name in self.values}
+        means = {name: values.mean() for name, values in counted.items() if len(values)}
+        if not means:
             return {}
-        means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
-        return dict(zip(self.values, mean_over_ranks(means).tolist()))
+        return dict(zip(means, mean_over_ranks(torch.stack(list(means.values()))).tolist()))
+
+    def _counted(self, name: str) -> Tensor:
+        values = torch.stack([value.to(self.device) for value in self.values[name]])
+        return values[torch.stack(self.refused[name]) == 0] if name in self.refused else values
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -104,7 +104,7 @@ class TextInputs:
         The mean is over the valid samples of all processes: a process with few of them counts for as much less.
         """
         counts = torch.tensor([float(batch[3].sum()) for batch in batches], dtype=torch.float64)
-        total = sum_over_ranks(counts.sum().to(self.device)).item()
+        total = sum_over_ranks(counts.sum()).item()  # by the CPUs, so that none waits for its GPU
         return (counts * get_world_size() / max(total, 1.0)).tolist()
 
 

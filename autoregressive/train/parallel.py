@@ -63,6 +63,12 @@ def add_parallel_args(parser: argparse.ArgumentParser, default: str = "ddp") -> 
         help="number format in which sharded gradients are summed over processes",
     )
     group.add_argument(
+        "--residual-dtype",
+        choices=["fp32", "compute"],
+        help="number format of what the blocks hand to each other: float32, or that of --mixed-precision, which takes "
+        "less memory and time; default: fp32 with ddp, compute otherwise (the only way there)",
+    )
+    group.add_argument(
         "--activation-checkpointing",
         choices=REMEMBERED,
         default="none",
@@ -89,7 +95,12 @@ def parallelize(make: Callable[[], Transformer], args: argparse.Namespace, devic
     """Build, place and wrap the model of `make`; with equal seeds the weights are equal whatever the strategy.
 
     With a sharded strategy only rank 0 ever holds the whole model, in main memory.
+
+    Raises:
+        ValueError: when the settings contradict each other.
     """
+    if args.residual_dtype == "fp32" and args.data_parallel != "ddp":
+        raise ValueError("--residual-dtype fp32 needs --data-parallel ddp: sharded weights are all of the short format")
     whole = make() if args.data_parallel == "ddp" or is_main() else None
     if args.data_parallel == "ddp":
         model = whole.to(device)  # type: ignore[union-attr]
@@ -100,6 +111,8 @@ def parallelize(make: Callable[[], Transformer], args: argparse.Namespace, devic
     if ema is not None:
         requires_grad(ema.eval(), False)
 
+    if args.residual_dtype == "compute" and args.data_parallel == "ddp":
+        model.layers[0].register_forward_pre_hook(_in_autocast_dtype)
     if args.activation_checkpointing != "none":
         _checkpoint_blocks(model, args.activation_checkpointing)
     if args.compile if args.compile is not None else device.type == "cuda":
@@ -112,6 +125,13 @@ def parallelize(make: Callable[[], Transformer], args: argparse.Namespace, devic
         part.to_empty(device=device)
         fill_from_main(part, whole)
     return Placed(model, model, ema)
+
+
+def _in_autocast_dtype(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first block's inputs with the embedding in autocast's format: those of all later blocks follow from it."""
+    h, *rest = inputs
+    kind = h.device.type
+    return (h.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else h, *rest)
 
 
 def _checkpoint_blocks(model: Transformer, mode: str) -> None:

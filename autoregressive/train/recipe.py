@@ -78,6 +78,7 @@ def make_trainer(
         settings=settings,
         extra={"args": vars(args)},
         cost=step_cost(step.model, args.global_batch_size),
+        settle=step.settle,
     )
     held_out = inputs.codes(args.val_code_path) if args.val_code_path else None
     if held_out is not None:

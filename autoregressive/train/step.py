@@ -16,17 +16,20 @@ from autoregressive.train.inputs import Inputs, make_inputs
 from autoregressive.train.parallel import gradient_sync, parallelize
 from utils.distributed import mean_over_ranks
 from utils.ema import update_ema
-from utils.guard import LossGuard
+from utils.guard import DeviceGuard, LossGuard
 from utils.optim import Optimizers, adamw, decay_groups, muon_and_adamw
 from utils.precision import autocast, grad_scaler
 from utils.schedule import lr_factor
 from utils.seeding import seed_step
+from utils.trainer import REFUSED
 
 
 class TrainStep:
     """One optimizer step over micro-batches.
 
-    `guard`, if given, may refuse a step: its losses are then not reported and nothing changes.
+    `guard`, if given, may refuse a step: its losses are then not reported and nothing changes. Where
+    `decides_on_device`, the host does not wait for the losses: a step reports whether it was refused under `REFUSED`,
+    and the guard hears of it with the next step, or at `settle`.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class TrainStep:
         self.model, self.wrapped, self.ema = parallelize(make, args, device)
         self.optimizers = make_optimizers(self.model, args, device)
         self.scaler = grad_scaler(device, args.mixed_precision)
+        self.on_device = decides_on_device(device, self.optimizers, self.scaler)
+        self.device_guard = DeviceGuard(guard) if guard is not None and self.on_device else None
 
     def stateful(self) -> dict[str, Any]:
         """What a checkpoint holds, under the established names."""
@@ -63,8 +68,21 @@ class TrainStep:
         self.wrapped.train()
         shares, last = self.inputs.shares(batches), len(batches) - 1
         losses = [self._backward(batch, shares[i], last=i == last) for i, batch in enumerate(batches)]
-        loss = torch.stack(losses).sum()
-        norm = self.optimizers.clip(self.scaler, args.max_grad_norm)
+        update = self._update_on_device if self.on_device else self._update
+        values = update(torch.stack(losses).sum(), number, batches)
+        return {**values, "lr": torch.tensor(args.lr * factor)} if values else {}
+
+    def settle(self) -> None:
+        """Wait for the verdict on the last step.
+
+        Raises:
+            ValueError: when that step ends the training.
+        """
+        if self.device_guard is not None:
+            self.device_guard.settle()
+
+    def _update(self, loss: Tensor, number: int, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        norm = self.optimizers.clip(self.scaler, self.args.max_grad_norm)
         if self.guard is not None and not self._admitted(loss, norm, number, batches):
             self.optimizers.discard(self.scaler)
             return {}
@@ -73,7 +91,17 @@ class TrainStep:
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
         if self.ema is not None:
             update_ema(self.ema, self.model, self.args.ema_decay)
-        return {"loss": loss, "grad_norm": norm, "lr": torch.tensor(args.lr * factor)}
+        return {"loss": loss, "grad_norm": norm}
+
+    def _update_on_device(self, loss: Tensor, number: int, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        norm, refused = self.optimizers.norm(), None
+        if self.device_guard is not None:
+            everywhere = mean_over_ranks(torch.stack([loss, norm.to(loss.dtype)]))
+            refused = self.device_guard.refused(everywhere[0], everywhere[1], number, batches)
+        self.optimizers.step_scaled(norm, self.args.max_grad_norm, refused)
+        if self.ema is not None:
+            update_ema(self.ema, self.model, self.args.ema_decay, refused)
+        return {"loss": loss, "grad_norm": norm} | ({} if refused is None else {REFUSED: refused})
 
     def _backward(self, batch: Sequence[Tensor], share: float, last: bool) -> Tensor:
         arguments = self.inputs(batch)
@@ -88,6 +116,14 @@ class TrainStep:
         if self.scaler.is_enabled():
             found_norm = 0.0  # with fp16 it overflows now and then; the scaler looks after that
         return self.guard.admits(found, found_norm, number, batches)  # type: ignore[union-attr]
+
+
+def decides_on_device(device: torch.device, optimizers: Optimizers, scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step is clipped, and refused if need be, on the device: on GPUs, whose work would else be waited for.
+
+    Only fused AdamW can leave a step out by itself, and with fp16 the loss scaler wants to know on the host.
+    """
+    return device.type == "cuda" and optimizers.fused and not scaler.is_enabled()
 
 
 def dropout_fields(args: argparse.Namespace) -> dict[str, float]:

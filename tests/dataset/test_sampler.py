@@ -38,6 +38,22 @@ def test_ranks_and_micro_batches_make_up_the_global_batch(length, micro, world, 
     assert {len(draws) for of_rank in split for draws in of_rank} == {size // (world * parts)}  # all as many
 
 
+def test_the_draws_and_seeds_are_those_of_earlier_trainings():
+    sampler = GlobalBatchSampler(10, 4, seed=3, rank=1, world_size=2, start=3)
+    assert first_batches(sampler, 2) == [
+        [(8, 34415576561559870), (5, 818463220519293219)],
+        [(6, 4953041256467392649), (5, 8457714677105321250)],
+    ]
+
+
+def test_a_process_seeds_its_own_draws_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(sampler_module, "mix_seed", lambda *numbers: seeded.append(numbers) or 0)
+    draws = first_batches(GlobalBatchSampler(40, 16, seed=3, rank=2, world_size=4, accumulation=2), 4)
+    assert [numbers[2] for numbers in seeded if len(numbers) == 3] == [draw.index for part in draws for draw in part]
+    assert len(seeded) == 4 * 2 + 1  # and the order of the epoch
+
+
 class Stream(IterableDataset):
     """Ten samples without end, and the epoch that it is told to begin with."""
 

@@ -41,6 +41,22 @@ def test_a_process_on_its_own_needs_no_group():
         assert distributed.data_parallel(model, device) is model
 
 
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("nccl", "cuda:3"), ("cpu:gloo,cuda:nccl", "cuda:3"), ("gloo", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")],
+)
+def test_tensors_are_exchanged_on_the_gpu_where_the_group_has_nccl(backend, device, monkeypatch):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert distributed.group_device() == torch.device(device)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_the_groups_that_are_started_are_read_alike(kind):
+    assert distributed.has_nccl(distributed._backend(torch.device(kind))) == (kind == "cuda")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_a_clear_error():
     with pytest.raises(ValueError, match="no GPU"), distributed.process_group("cuda"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import checkpoint
-from utils.guard import LossGuard
+from utils.guard import DeviceGuard, LossGuard
 
 BATCH = [(torch.arange(3), torch.tensor([1]))]
 
@@ -85,3 +85,47 @@ def test_a_restored_guard_judges_alike(tmp_path):
     made, other = guard(tmp_path, losses=steady()), guard(tmp_path)
     other.load_state_dict(made.state_dict())
     assert other.limit() == made.limit() < math.inf
+
+
+def judged(made, loss, number, norm=1.0):
+    return made.refused(torch.tensor(loss), torch.tensor(norm), number, BATCH).item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (3.0, float("nan")), (3.0, -math.inf)]
+)
+def test_the_device_refuses_what_is_not_finite_and_the_guard_reports_it_later(loss, norm, tmp_path):
+    made = DeviceGuard(guard(tmp_path, threshold=0.0))
+    assert judged(made, 3.0, 6) == 0 and judged(made, loss, 7, norm) == 1
+    assert not (tmp_path / "bad").exists()
+    assert judged(made, 3.0, 8) == 0
+    kept = checkpoint.read(tmp_path / "bad/0000007-rank0.pt")
+    assert torch.equal(kept["batches"][0][0], BATCH[0][0]) and kept["step"] == 7
+    assert len(list((tmp_path / "bad").iterdir())) == 1
+
+
+def test_device_and_host_call_the_same_losses_a_spike(tmp_path):
+    """Among them the two float32 next to the limit, which is a float64."""
+    losses = [3.0 + 0.1 * math.sin(i) for i in range(60)]
+    edge = torch.tensor(guard(tmp_path / "host", losses=torch.tensor(losses[:30]).tolist()).limit())
+    above, below = torch.nextafter(edge, torch.tensor(math.inf)), torch.nextafter(edge, torch.tensor(0.0))
+    losses[30:30] = [above.item()]
+    losses[31:31] = [below.item(), edge.item(), 50.0]
+    host, device = guard(tmp_path / "host"), guard(tmp_path / "device")
+    on_device = DeviceGuard(device)
+    verdicts = [(host.admits(loss, 1.0, i, BATCH), judged(on_device, loss, i)) for i, loss in
+                enumerate(torch.tensor(losses).tolist())]  # fmt: skip
+    assert [admitted for admitted, _ in verdicts] == [refused == 0 for _, refused in verdicts]
+    assert [i for i, (admitted, _) in enumerate(verdicts) if not admitted][-1] == 33  # the 50
+    assert not verdicts[30][0] and verdicts[31][0]
+    on_device.settle()
+    assert device.state_dict() == host.state_dict()
+
+
+def test_a_training_that_stops_does_so_before_the_next_decision_or_when_it_is_settled(tmp_path):
+    for later in (lambda made: judged(made, 3.0, 10), lambda made: made.settle()):
+        made = DeviceGuard(guard(tmp_path, action="stop"))
+        assert judged(made, float("nan"), 9) == 1
+        with pytest.raises(ValueError, match=r"not a finite number \(nan\) at step 9"):
+            later(made)
+        made.settle()  # said once

@@ -134,3 +134,69 @@ def test_optimizers_refuse_the_state_of_other_optimizers():
     one = Optimizers(adamw(decay_groups(layer.named_parameters(), 0.0), 0.1, (0.9, 0.95), CPU))
     with pytest.raises(ValueError, match="--optimizer"):
         one.load_state_dict(two.state_dict())
+
+
+def steps(update, max_norm: float, count: int = 4) -> tuple[nn.Linear, Optimizers]:
+    """A layer and its optimizer after `count` steps with gradients of norms around one."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3)
+    optimizers = Optimizers(adamw(decay_groups(layer.named_parameters(), 0.1), 0.01, (0.9, 0.95), CPU))
+    for number in range(count):
+        layer(torch.randn(5, 6)).square().sum().backward()
+        for p in layer.parameters():
+            p.grad.mul_(0.05 * (1 + number))
+        update(optimizers, max_norm)
+    return layer, optimizers
+
+
+def assert_same_state(one, other, **tolerance):
+    torch.testing.assert_close(dict(one[0].state_dict()), dict(other[0].state_dict()), **tolerance)
+    torch.testing.assert_close(one[1].state_dict()["state"], other[1].state_dict()["state"], **tolerance)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.8])
+def test_clipping_inside_the_fused_step_is_clipping(max_norm):
+    norms = {"apart": [], "inside": []}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def inside(optimizers, max_norm):
+        norm = optimizers.norm()
+        optimizers.step_scaled(norm, max_norm, torch.zeros(()))
+        norms["inside"].append(norm.item())
+
+    apart = steps(lambda optimizers, limit: norms["apart"].append(optimizers.update(scaler, limit).item()), max_norm)
+    exact = {"rtol": 0, "atol": 0} if not max_norm else {"rtol": 1e-4, "atol": 1e-7}
+    assert_same_state(apart, steps(inside, max_norm), **exact)
+    assert norms["inside"] == norms["apart"] and min(norms["inside"]) < 0.8 < max(norms["inside"])
+    assert all(p.grad is None for p in apart[0].parameters())
+
+
+def test_a_refused_step_changes_neither_weights_nor_moments_nor_counts():
+    def refused_third(optimizers, max_norm):
+        third = any(state["step"] == 2 for state in optimizers.members[0].state.values())
+        gradient = optimizers.parameters[0].grad
+        if third:
+            gradient.fill_(float("nan"))
+        optimizers.step_scaled(optimizers.norm(), max_norm, torch.tensor(float(third)))
+        assert all(p.grad is None for p in optimizers.parameters)
+
+    two, three = steps(refused_third, 0.8, count=2), steps(refused_third, 0.8, count=3)
+    assert_same_state(two, three, rtol=0, atol=0)
+    assert three[1].members[0].state[three[0].weight]["step"] == 2
+
+
+def test_fused_is_adamw_alone():
+    assert not two_optimizers()[1].fused
+    assert steps(lambda *_: None, 0.0)[1].fused
+
+
+def test_a_refused_step_leaves_the_averages_alone():
+    torch.manual_seed(0)
+    live, average = nn.Linear(4, 4), nn.Linear(4, 4)
+    start = copy.deepcopy(average)
+    update_ema(average, live, 0.9, refused=torch.ones(()))
+    assert torch.equal(average.weight, start.weight) and torch.equal(average.bias, start.bias)
+    update_ema(average, live, 0.9, refused=torch.zeros(()))
+    update_ema(start, live, 0.9)
+    torch.testing.assert_close(average.weight, start.weight, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(average.weight, live.weight)

@@ -20,7 +20,7 @@ from utils.logger import create_logger, read_metrics
 from utils.optim import Optimizers, adamw, decay_groups
 from utils.run_folder import open_run
 from utils.throughput import StepCost
-from utils.trainer import Trainer, TrainSettings
+from utils.trainer import REFUSED, Trainer, TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -195,3 +195,34 @@ def test_validation_and_saving_do_not_count_as_training_time(monkeypatch):
     with window.paused():  # from 10 to 110
         pass
     assert window.steps_per_second() == pytest.approx(1 / 20)
+
+
+def test_means_leave_out_the_steps_that_were_refused_on_the_device():
+    window = trainer_module._Window(CPU)
+    for loss, refused in ((1.0, 0.0), (float("nan"), 1.0), (4.0, 0.0), (100.0, 1.0)):
+        window.add({"loss": torch.tensor(loss), "lr": 0.5, REFUSED: torch.tensor(refused)})
+    assert window.means() == {"loss": 2.5, "lr": 0.5} and window.count == 4
+    window.reset()
+    window.add({"loss": torch.tensor(float("nan")), REFUSED: torch.tensor(1.0)})
+    assert window.means() == {}
+    window.add({"loss": torch.tensor(float("nan")), REFUSED: torch.tensor(0.0)})
+    assert np.isnan(window.means()["loss"])  # what was not refused is not hidden
+
+
+def test_numbers_of_the_host_stay_there_until_the_means_are_asked_for():
+    window = trainer_module._Window(torch.device("meta"))
+    window.add({"loss": torch.ones((), device="meta"), "lr": 0.5})
+    assert [value.device.type for values in window.values.values() for value in values] == ["meta", "cpu"]
+
+
+def test_the_last_verdict_is_awaited_before_a_checkpoint(tmp_path):
+    args = arguments(tmp_path, "--max-steps", "5", "--ckpt-every", "2")
+    trainer, settled = toy_trainer(args), []
+
+    def settle():
+        folder = trainer.run.path / "checkpoints"
+        settled.append((trainer.steps_done, sorted(os.listdir(folder)) if folder.is_dir() else []))
+
+    trainer.settle = settle
+    trainer.fit()
+    assert settled == [(2, []), (4, ["0000002.pt"]), (5, ["0000002.pt", "0000004.pt"])]

@@ -156,6 +156,41 @@ def test_a_broken_step_stops_all_processes_and_the_checkpoint_before_it_stays(co
     assert len(list((tmp_path / "bad-batches").iterdir())) == 2
 
 
+def broken_training_on_device(command, broken, *flags):
+    """As on a GPU, where no step waits for its loss."""
+    step.decides_on_device = lambda device, optimizers, scaler: True
+    broken_training(command, broken, *flags)
+
+
+@pytest.mark.parametrize(("command", "world"), [(train_c2i, 2), (train_c2i_fsdp, 2)], ids=["ddp", "fsdp"])
+def test_steps_that_the_device_leaves_out_are_those_the_host_leaves_out(command, world, codes, tmp_path):
+    flags = ["--code-path", codes, "--max-steps", 26, "--on-bad-loss", "skip", "--ema", "--spike-threshold", 5,
+             "--consolidated", "last", "--max-grad-norm", 0.5, "--run-dir"]  # fmt: skip
+    broken = {4: float("nan"), 25: 50.0, 26: float("inf")}
+    for name, trained in (("host", broken_training), ("device", broken_training_on_device)):
+        in_processes(world, trained, command, broken, *flags, tmp_path / name)
+    assert steps_of(tmp_path / "device") == steps_of(tmp_path / "host") == [*range(1, 4), *range(5, 25)]
+    kept = [sorted(path.name for path in (tmp_path / name / "bad-batches").iterdir()) for name in ("host", "device")]
+    assert kept[0] == kept[1] == [f"{step:07d}-rank{rank}.pt" for step in broken for rank in range(world)]
+    host, device = (checkpoint.read(checkpoint.latest(tmp_path / name / "checkpoints")) for name in ("host", "device"))
+    assert device["optimizer"]["state"][0]["step"] == 23  # of 26
+    assert device["guard"]["in_a_row"] == 2 and len(device["guard"]["recent"]) == 23
+    for part in ("model", "ema"):
+        torch.testing.assert_close(device[part], host[part], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(device["optimizer"]["state"], host["optimizer"]["state"], rtol=1e-3, atol=1e-5)
+    warned = (tmp_path / "device/log.txt").read_text().count("Skipped")
+    assert warned == (tmp_path / "host/log.txt").read_text().count("Skipped") == 3
+
+
+@pytest.mark.parametrize("last", [9, 4])
+def test_a_broken_step_that_the_device_left_out_stops_with_its_number(last, codes, tmp_path):
+    """One step late, or at the end of the training, and no checkpoint counts it."""
+    flags = ["--code-path", codes, "--max-steps", last, "--ckpt-every", 2, "--run-dir", tmp_path]
+    with pytest.raises(AssertionError, match=r"not a finite number \(nan\) at step 4; the weights were not changed"):
+        in_processes(1, broken_training_on_device, train_c2i, {4: float("nan")}, *flags)
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "checkpoints")) == 2
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc/mounts"), reason="mounting a small disk needs root")
 def test_a_full_disk_leaves_the_sharded_checkpoint_before(codes, tmp_path):
     disk = tmp_path / "disk"

@@ -7,6 +7,7 @@ import torch
 
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from autoregressive.train.recipe import train
+from autoregressive.train.step import TrainStep
 from tests.commands.shell import GPT_FLAGS
 from tests.commands.test_faults import random_codes
 from tests.processes import in_processes
@@ -82,3 +83,27 @@ def test_two_ddp_processes_train_as_one(flags, alone, codes, tmp_path):
 def test_fsdp_trains_as_ddp(flags, alone, codes, tmp_path):
     other = run(train_c2i_fsdp, 2, codes, tmp_path, "--mixed-precision", "fp32", *flags)
     assert_equal_training(alone, other)
+
+
+def test_the_residual_stream_is_in_the_format_that_was_asked_for():
+    found = {}
+    for flags in (["bf16"], ["bf16", "--residual-dtype", "compute"], ["none", "--residual-dtype", "compute"]):
+        args = train_c2i.parser().parse_args(
+            [*GPT_FLAGS, *NO_CHANCE, "--code-path", "none", "--mixed-precision", *flags]
+        )
+        step, formats = TrainStep(args, torch.device("cpu"), total_steps=10), []
+        for layer in step.model.layers:
+            layer.register_forward_hook(lambda block, inputs, output, to=formats: to.append(output.dtype))
+        codes = torch.randint(64, (4, 1, 16), generator=torch.Generator().manual_seed(0))
+        batch = codes, torch.zeros(4, 1, dtype=torch.int64)
+        loss = [step([batch], number)["loss"].item() for number in range(1, 4)]
+        found[" ".join(flags)] = set(formats), loss
+    (wide, usual), (short, close), (exact, _) = found.values()
+    assert (wide, short, exact) == ({torch.float32}, {torch.bfloat16}, {torch.float32})
+    assert close == pytest.approx(usual, abs=2e-2) and close != usual
+
+
+def test_a_wide_residual_stream_is_refused_where_weights_are_sharded():
+    args = train_c2i_fsdp.parser().parse_args([*GPT_FLAGS, "--code-path", "none", "--residual-dtype", "fp32"])
+    with pytest.raises(ValueError, match="--residual-dtype fp32 needs --data-parallel ddp"):
+        TrainStep(args, torch.device("cpu"), total_steps=10)
