@@ -104,7 +104,7 @@ def build_engine(context: Context, task: Task, name: str, quantize: str = "none"
 
 
 def make_tasks(images: int, count: int) -> dict[str, Task]:
-    """Tasks of `images` images of `count` tokens: classes, captions of 1 to 16 positions, and classes with every filter and schedule."""
+    """Tasks of `images` and `count` tokens: classes; captions of 1 to 16 positions; classes with every filter."""
     made = {}
     for card in bundled_cards():
         weights = checkpoint.read(card.args.gpt_ckpt)
