@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Context:
             action()
             mark.record()
         torch.cuda.synchronize(self.device)
-        return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
+        return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
 
     def _timed(self, action: Callable[[], Any]) -> float:
         start = self.synchronize()

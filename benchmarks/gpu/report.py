@@ -61,4 +61,5 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
 def _values(record: dict[str, Any]) -> str:
     hidden = {"section", "name", "where"}
     shown = {k: v for k, v in record.items() if k not in hidden}
-    return ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()).replace("\n", " ")
+    texts = (f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    return ", ".join(texts).replace("\n", " ")

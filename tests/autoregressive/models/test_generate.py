@@ -80,7 +80,7 @@ def test_cached_forward_matches_the_golden(case, own_caches):
         if full_mask is not None:
             model.causal_mask[:, :positions, :positions] = full_mask[:, 0]
     else:
-        cache = DecodeCache.allocate(model.config, batch, positions, torch.float32, torch.device("cpu"), key_mask)
+        cache = DecodeCache.allocate(model.config, batch, positions, torch.float32, cond.device, key_mask)
     with torch.no_grad():
         full, _ = model(tokens, cond, torch.arange(positions), mask=full_mask)
         first, rest = cached_logits(model, cond, tokens, cache)

@@ -88,7 +88,7 @@ def test_full_size_forward_matches_the_golden(case):
     tensors = dict(case.tensors)
     if "cond" not in tensors:  # made by the recipe that its golden entry names
         normals = np.random.Generator(np.random.PCG64(133)).standard_normal((1, 120, 2048), dtype=np.float32)
-        tensors["cond"] = torch.from_numpy(normals)
+        tensors["cond"] = torch.from_numpy(normals).to(tensors["idx"].device)
     with torch.no_grad():
         logits, loss = model(tensors["idx"], tensors["cond"], targets=tensors["targets"])
         model.train()
