@@ -7,7 +7,9 @@ import io
 import itertools
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,18 +112,26 @@ def load_images(context: Context, args: argparse.Namespace) -> None:
     """Images per second of the extraction's loader alone: decoding, resizing, ten crops."""
     images, workers = _numbered(args), num_workers(args)
     batches = [range(i, min(i + args.batch_size, len(images))) for i in range(0, len(images), args.batch_size)]
-    loader = iter(
-        DataLoader(images, batch_sampler=batches, collate_fn=collate_numbered, num_workers=workers,
-                   pin_memory=context.device.type == "cuda")
+    loader = DataLoader(
+        images, batch_sampler=batches * (3 if not context.tiny else 1), collate_fn=collate_numbered,
+        num_workers=workers, pin_memory=context.device.type == "cuda",
     )  # fmt: skip
-    next(loader)
+    speed = _steady_speed(context, loader, lambda batch: len(batch[0]), workers)
+    context.record("image loader", workers=workers, images_per_s=speed)
+
+
+def _steady_speed(context: Context, batches: Iterable[Any], size: Callable[[Any], int], workers: int) -> float:
+    """Items per second behind the batches that the workers prepare while the first one is waited for."""
+    ahead = 3 * workers if not context.tiny else 1
+    found = iter(batches)
+    for _ in range(ahead):
+        next(found)
     started, done = time.perf_counter(), 0
-    for batch in loader:
-        done += len(batch[0])
-        if context.seconds_left < 8:
+    for batch in found:
+        done += size(batch)
+        if context.seconds_left < 6:
             break
-    seconds = time.perf_counter() - started
-    context.record("image loader", images=done, workers=workers, images_per_s=done / seconds)
+    return done / (time.perf_counter() - started)
 
 
 def load_codes(context: Context, folder: Path) -> None:
@@ -133,10 +143,6 @@ def load_codes(context: Context, folder: Path) -> None:
     args = train_c2i.parser().parse_args([*flags, "--global-batch-size", str(batch)])
     dataset = make_inputs(args, context.device).training_set()
     _, loader = training_loader(dataset, args, context.device)
-    batches = iter(loader)
-    next(batches)
-    started, count = time.perf_counter(), 200 if not context.tiny else 3
-    done = sum(len(codes) for codes, _ in itertools.islice(batches, count))
-    seconds = time.perf_counter() - started
-    context.record("code loader", images=done, workers=num_workers(args), images_per_s=done / seconds,
-                   codes_per_s=done * (size // 16) ** 2 / seconds)  # fmt: skip
+    batches = itertools.islice(loader, 400 if not context.tiny else 4)
+    speed = _steady_speed(context, batches, lambda batch: len(batch[0]), num_workers(args))
+    context.record("code loader", workers=num_workers(args), images_per_s=speed, codes_per_s=speed * (size // 16) ** 2)

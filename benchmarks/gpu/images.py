@@ -63,8 +63,7 @@ def random_models(args: argparse.Namespace, device: torch.device) -> tuple[Engin
 
 def _reason_to_skip(context: Context, config: ModelArgs, batch: int, first: bool) -> str | None:
     """Why a batch cannot be drawn here, or None."""
-    least = 25 if first else 12
-    if context.seconds_left < least:
+    if context.seconds_left < (14 if first else 10):
         return f"{context.seconds_left:.0f} s left"
     if context.device.type != "cuda":
         return None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.profiling import profile
+from benchmarks.gpu.profiling import profile, short
 from tokenizer.nearest import exact_arithmetic
 from utils.distributed import group_device, process_group
 from utils.precision import allow_tf32
@@ -106,7 +106,7 @@ def _attention_case(context: Context, name: str, query: Tensor, cached: Tensor, 
     for _ in range(3):
         attend()
     totals = profile(context, attend).totals
-    kernels = [kernel[:90] for kernel in list(totals)[:6]]
+    kernels = [short(kernel) for kernel in list(totals)[:6]]
     us = 1e3 * sum(total for _, total in totals.values())  # of the kernels alone: launching them may take longer
     context.record("attention", case=name, head_dim=query.shape[-1], kernel_us=us, kernels=kernels)
 

@@ -44,12 +44,17 @@ class Profile:
         """The `count` names that take longest, each with its share of the summed time."""
         totals = self.totals
         whole = max(sum(total for _, total in totals.values()), 1e-9)
-        return [f"{total / whole:.1%} {name[:120]}" for name, (_, total) in list(totals.items())[:count]]
+        return [f"{total / whole:.1%} {short(name)}" for name, (_, total) in list(totals.items())[:count]]
 
     def table(self, rows: int = 40) -> str:
         """Text for people: milliseconds, calls and name, the longest first."""
         lines = [f"{total:10.3f} ms {calls:6d} x {name[:150]}" for name, (calls, total) in self.totals.items()]
         return "\n".join([*lines[:rows], f"idle {self.idle_share:.1%}"]) + "\n"
+
+
+def short(name: str, length: int = 70) -> str:
+    """A kernel's name without the words that all of them have."""
+    return name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:length]
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from utils.precision import allow_tf32
 class Variant(NamedTuple):
     """A way to decode: number format, layout of the weights, whether the decoder is compiled."""
 
-    precision: str  # "fp32", "tf32", "autocast bf16" or "bf16"
+    precision: str  # "fp32", "tf32", "autocast bf16" or "bf16"; or a name for people
     channels_last: bool = True
     compiled: bool = False
 
@@ -37,20 +38,21 @@ _VARIANTS = (
     Variant("tf32"),
     Variant("autocast bf16"),
     Variant("bf16"),
-    Variant("bf16", compiled=True),
     Variant("tf32", channels_last=False),
     Variant("bf16", channels_last=False),
 )
+_COMPILED = (Variant("bf16", compiled=True),)
+_COMPILING = 18  # seconds that are needed to begin it
 
 
 def run(context: Context) -> None:
-    """All parts of this section; each needs some seconds to be left."""
+    """All parts of this section, the fastest to measure first."""
     allow_tf32()
     model = random_tokenizer(context)
     small, large, batches = (256, 384, (16, 64, 1)) if not context.tiny else (16, 32, (2, 1))
-    for size, batch in ((large, batches[0]), (small, batches[0])):
-        with context.attempt(f"decode, {size} px, batch {batch}"):
-            decode_variants(context, model, size, batch, _VARIANTS)
+    for size in (large, small):
+        with context.attempt(f"decode, {size} px, batch {batches[0]}"):
+            decode_variants(context, model, size, batches[0], _VARIANTS)
     with context.attempt("encode"):
         encode(context, model, small, batches[0])
     with context.attempt("equal codes of trained weights"):
@@ -60,9 +62,12 @@ def run(context: Context) -> None:
     with context.attempt("quantizer"):
         quantizer(context, model)
     for size in (large, small):
+        with context.attempt(f"decode, {size} px, batch {batches[0]}, compiled"):
+            decode_variants(context, model, size, batches[0], _COMPILED)
+    for size in (large, small):
         for batch in batches[1:]:
             with context.attempt(f"decode, {size} px, batch {batch}"):
-                decode_variants(context, model, size, batch, _VARIANTS[:4])
+                decode_variants(context, model, size, batch, _VARIANTS[1:4])
 
 
 def random_tokenizer(context: Context) -> VQModel:
@@ -84,7 +89,7 @@ def arithmetic(device_type: str, precision: str) -> AbstractContextManager:
 
 def seconds_bound(context: Context, action: Callable[[], object], seconds: float = 0.4) -> float:
     """Milliseconds of `action`, the median of as many runs as fit into about `seconds`, at least three."""
-    once = context.median_ms(action, repeats=1, warm_up=2)
+    once = context.median_ms(action, repeats=1, warm_up=1)
     if context.tiny:
         return once
     return context.median_ms(action, repeats=min(max(int(seconds * 1e3 / max(once, 1e-3)), 3), 20), warm_up=0)
@@ -99,7 +104,7 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
     with arithmetic(context.device.type, "fp32"):
         exact = model.decode(latents[:2])
     for variant in variants:
-        if context.seconds_left < (15 if variant.compiled else 4):
+        if context.seconds_left < (_COMPILING if variant.compiled else 3):
             context.record("decode", image_size=size, batch=batch, skipped=f"{context.seconds_left:.0f} s left")
             continue
         with context.attempt(f"decode, {size} px, batch {batch}, {variant}"):
@@ -109,10 +114,10 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
                 milliseconds = seconds_bound(context, partial(decode, latents))
             _record_decode(context, size, batch, variant, milliseconds, psnr)
             del decode
-    with arithmetic(context.device.type, "tf32"):
+    if variants is not _COMPILED and context.seconds_left > 3:
         path = partial(decode_codes, model, codes)
         psnr, milliseconds = _psnr(path()[:2], exact), seconds_bound(context, path)
-    _record_decode(context, size, batch, Variant("decode_codes"), milliseconds, psnr)
+        _record_decode(context, size, batch, Variant("as the samplers do"), milliseconds, psnr)
 
 
 def _record_decode(context: Context, size: int, batch: int, variant: Variant, ms: float, psnr: float) -> None:
@@ -169,11 +174,7 @@ def trained_codes(context: Context) -> None:
         model = VQ_models["VQ-8-S"](codebook_size=512)
     checkpoint.load_weights(model, EMOJI / "tokenizer.safetensors")
     model.eval()
-    sheet = np.asarray(Image.open(EMOJI / "samples-class.png").convert("RGB"))
-    count = (1, 1) if context.tiny else (sheet.shape[0] // 64, sheet.shape[1] // 64)
-    sheet = torch.from_numpy(sheet[: 64 * count[0], : 64 * count[1]].copy())
-    tiles = sheet.view(count[0], 64, count[1], 64, 3).transpose(1, 2).reshape(-1, 64, 64, 3)
-    images = to_float(tiles).to(context.device)
+    images = to_float(_sheet_images(EMOJI / "samples-class.png")[: 96 if not context.tiny else 2]).to(context.device)
     exact = encode_images(model, images).flatten()
     on_cpu = encode_images(model.cpu(), images.cpu()).flatten().to(context.device)
     model.to(context.device)
@@ -185,6 +186,15 @@ def trained_codes(context: Context) -> None:
     named = {f"share_of_equal_codes_{name}": share for name, share in shares.items()}
     passed = shares["float32_on_a_cpu"] > 0.99
     context.check("codes of the emoji tokenizer", passed, images=len(images), codes=len(exact), **named)
+
+
+def _sheet_images(path: Path, edge: int = 64, padding: int = 2) -> Tensor:
+    """The images uint8 (N, edge, edge, 3) of a grid as `make_grid_image` makes it."""
+    sheet = torch.from_numpy(np.array(Image.open(path).convert("RGB")))[padding:, padding:]
+    step = edge + padding
+    rows, columns = sheet.shape[0] // step, sheet.shape[1] // step
+    cells = sheet.view(rows, step, columns, step, 3)[:, :edge, :, :edge]
+    return cells.transpose(1, 2).reshape(-1, edge, edge, 3)
 
 
 @torch.inference_mode()
