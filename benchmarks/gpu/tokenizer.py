@@ -58,7 +58,7 @@ def run(context: Context) -> None:
     with context.attempt("equal codes of trained weights"):
         trained_codes(context)
     with context.attempt("training step"):
-        training_step(context, small)
+        training_step(context, max(small, 32))  # what the discriminator needs
     with context.attempt("quantizer"):
         quantizer(context, model)
     for size in (large, small):

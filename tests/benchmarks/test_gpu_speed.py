@@ -158,9 +158,10 @@ def test_rounding(value, text):
     assert report.rounded(value) == text
 
 
-def test_a_summary_holds_what_it_was_measured_with(tmp_path):
+def test_a_summary_holds_what_it_was_measured_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/__main__.py", "--out", "x"])
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in DECODE))
     results = report.summary(tmp_path, CPU)
-    assert results["records"] == DECODE
+    assert results["records"] == DECODE and results["command"] == "python3 -m benchmarks.gpu --out x"
     assert results["environment"]["torch"] == torch.__version__ and results["environment"]["driver"] is None
     assert "## decode" in report.markdown(json.loads(json.dumps(results)))
