@@ -44,7 +44,8 @@ _LONGEST = 240  # characters of a cell
 def summary(out: Path, device: torch.device) -> dict[str, Any]:
     """The records of `out`/records.jsonl under what they were measured with."""
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
-    return {"environment": environment(device), "command": " ".join(["python3 -m benchmarks.gpu", *sys.argv[1:]]), "records": records}
+    command = " ".join(["python3 -m benchmarks.gpu", *sys.argv[1:]])
+    return {"environment": environment(device), "command": command, "records": records}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
