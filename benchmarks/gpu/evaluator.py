@@ -1,0 +1,112 @@
+"""The evaluator: its Inception network in both layouts and with TF32, and the Frechet distance on both devices."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.context import Context
+from evaluations.inception import POOL, Inception, exact_float32
+from evaluations.inception_weights import find_local
+from evaluations.metrics import FeatureStatistics, Gaussian, frechet_distance_between
+from utils.precision import allow_tf32
+
+
+def run(context: Context) -> None:
+    """The network, then the distance."""
+    allow_tf32()
+    with context.attempt("inception"):
+        network_speeds(context)
+    with context.attempt("frechet distance"):
+        distances(context)
+
+
+def network_speeds(context: Context) -> None:
+    """Images per second of the network as the evaluator runs it, and of other layouts and arithmetic."""
+    network = _network(context)
+    batch, edge = (128, 256) if not context.tiny else (2, 32)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch, edge, edge, 3), dtype=torch.uint8, generator=generator).to(context.device)
+    expected = network(images)["pool"]
+    ms = context.median_ms(lambda: network(images), repeats=5, warm_up=1)
+    context.record("inception, as the evaluator", batch=batch, images_per_s=1e3 * batch / ms, weights=network.label)
+    for layout in ("channels last", "contiguous"):
+        for tf32 in (False, True):
+            _layout_speed(context, network, images, expected, layout, tf32)
+
+
+@torch.inference_mode()
+def _layout_speed(
+    context: Context, network: Inception, images: Tensor, expected: Tensor, layout: str, tf32: bool
+) -> None:
+    """Images per second of the network alone, and how far its features are from `expected`, those of the evaluator."""
+    memory_format = torch.channels_last if layout == "channels last" else torch.contiguous_format
+    network.network.to(memory_format=memory_format)
+    pictures = images.permute(0, 3, 1, 2).float().contiguous(memory_format=memory_format)
+    with nullcontext() if tf32 else exact_float32():
+        found = network.network(pictures)[POOL].flatten(1)
+        ms = context.median_ms(lambda: network.network(pictures), repeats=5, warm_up=1)
+    difference = ((found - expected).norm() / expected.norm()).item()
+    context.record("inception", layout=layout, tf32=tf32, batch=len(images), images_per_s=1e3 * len(images) / ms,
+                   relative_difference=difference)  # fmt: skip
+    if not tf32:
+        context.check(f"inception, {layout}: features", difference < 1e-4, relative_difference=difference)
+
+
+def _network(context: Context) -> Inception:
+    """The published network where its file is, else one of the same layers with random weights."""
+    path = find_local(None)
+    if path is not None and not context.tiny:
+        return Inception(path, context.device)
+    from benchmarks.evaluation import WIDTHS, write_graph  # needs tensorboard and scipy
+
+    widths = WIDTHS if not context.tiny else " ".join(str(max(int(width) // 16, 7)) for width in WIDTHS.split())
+    with tempfile.TemporaryDirectory() as folder:
+        write_graph(Path(folder, "graph.pb"), widths)
+        return Inception(Path(folder, "graph.pb"), context.device)
+
+
+def distances(context: Context) -> None:
+    """Seconds of both halves of the distance on each device, and that they agree."""
+    rows, width = (4096, 2048) if not context.tiny else (96, 32)
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    first, second = (torch.randn(rows, width, generator=generator) @ mix + shift for shift in (0.0, 0.1))
+    devices = [context.device] if context.device.type == "cpu" else [context.device, torch.device("cpu")]
+    found = {}
+    for device in devices:
+        if context.seconds_left < 8:
+            context.record("frechet distance", device=device.type, skipped=f"{context.seconds_left:.0f} s left")
+            continue
+        found[device.type] = _distance(context, first.to(device), second.to(device))
+    values = list(found.values())
+    passed = all(abs(value - values[0]) <= 1e-5 * max(values[0], 1.0) for value in values)
+    context.check("frechet distance: equal on all devices", bool(values) and passed, **found)
+
+
+def _distance(context: Context, first: Tensor, second: Tensor) -> float:
+    """The distance of two sets of features (N, D) float32; records its seconds by parts."""
+    if first.device.type == "cuda":
+        torch.linalg.eigvalsh(torch.eye(64, device=first.device, dtype=torch.float64))  # loads the library
+    began = context.synchronize()
+    statistics = [_statistics(features) for features in (first, second)]
+    summed = context.synchronize()
+    gaussians = [Gaussian.of(one.mean, one.covariance) for one in statistics]
+    rooted = context.synchronize()
+    value = frechet_distance_between(*gaussians)
+    ended = time.perf_counter()
+    context.record("frechet distance", device=first.device.type, width=first.shape[1], rows=len(first),
+                   statistics_seconds=summed - began, square_roots_seconds=rooted - summed,
+                   trace_seconds=ended - rooted, distance=value)  # fmt: skip
+    return value
+
+
+def _statistics(features: Tensor) -> FeatureStatistics:
+    statistics = FeatureStatistics()
+    statistics.update(features)
+    return statistics
