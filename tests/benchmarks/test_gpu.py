@@ -1,4 +1,4 @@
-"""The program of GPU checks, run at its smallest sizes on a CPU: its frame, the sections of correctness, the kernels."""
+"""The program of GPU checks at its smallest sizes on a CPU: its frame, the sections of correctness, the kernels."""
 
 from __future__ import annotations
 
@@ -206,6 +206,6 @@ def test_every_launch_has_operands_of_its_own_that_no_cache_holds(tmp_path):
         made.append(len(made))
         return lambda number=made[-1]: calls.append(number)
 
-    clock.microseconds(make, kernels.UNCACHED_BYTES / 3)
+    clock.microseconds(make, kernels.UNCACHED_BYTES / 2.5)
     assert made == [0, 1, 2]
     assert calls[:4] == [0, 1, 2, 0] and len(calls) % kernels.LAUNCHES == 0
