@@ -17,10 +17,11 @@ class Section:
 SECTIONS = (
     Section("probe", 30),
     Section("goldens", 70, timed=False),
+    Section("kernels", 80, timed=False),
     Section("engines", 90, timed=False),
     Section("optimization", 80, timed=False),
     Section("sharded", 60, timed=False),
-    Section("kernels", 70),
+    Section("kernel_times", 60),
     Section("decode", 150),
     Section("images", 40),
     Section("training", 140),
