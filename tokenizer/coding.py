@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,18 @@ class _Parts:
             return work(rows)
         size = 1 if rows.device.type == "cpu" else self.batch_size
         groups = [range(len(rows))[first : first + size] for first in range(0, len(rows), size)]
-        done = list(in_batches(lambda numbers: work(rows[numbers[0] : numbers[-1] + 1]), groups))
+        try:
+            done = list(in_batches(lambda numbers: work(rows[numbers[0] : numbers[-1] + 1]), groups))
+        except ValueError as error:
+            if isinstance(error.__cause__, (RuntimeError, MemoryError)):  # whoever calls may have memory to give back
+                raise error.__cause__ from None
+            raise
         if len(done) > len(groups):
             self.batch_size = max(len(numbers) for numbers, _ in done)
         return torch.cat([result for _, result in done])
+
+
+_parts_of: WeakKeyDictionary[CodeAutoencoder, _Parts] = WeakKeyDictionary()  # for `decode_codes`
 
 
 class ImageEncoder:
@@ -61,19 +70,19 @@ class ImageEncoder:
     several times as fast, and a few codes are others. On a CPU it changes nothing.
 
     Raises:
-        ValueError: an unknown precision, a batch size below 1, or too little memory for a single image.
+        ValueError: an unknown precision, or a batch size below 1.
     """
 
     def __init__(self, tokenizer: CodeAutoencoder, batch_size: int = GPU_BATCH, precision: str = "exact") -> None:
         if precision not in ENCODE_PRECISIONS:
             raise ValueError(f"images are encoded as {' or '.join(ENCODE_PRECISIONS)}, not as {precision!r}")
-        self.tokenizer, self.precision, self._parts = tokenizer, precision, _Parts(batch_size)
+        self.tokenizer, self.precision, self.parts = tokenizer, precision, _Parts(batch_size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Codes int32 (B, N) of images (B, 3, H, W) in [-1, 1]."""
         with exact_arithmetic(images.device.type, tf32_convolutions=self.precision == "tf32"):
-            codes = self._parts.apply(lambda part: self.tokenizer.encode(part)[2][2], images.float())
+            codes = self.parts.apply(lambda part: self.tokenizer.encode(part)[2][2], images.float())
         return codes.view(len(images), -1).to(torch.int32)
 
     def of_views(self, crops: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ class ImageDecoder:
 
     Raises:
         KeyError: an unknown precision.
-        ValueError: a batch size below 1; when called, too little memory for a single image.
+        ValueError: a batch size below 1.
     """
 
     def __init__(
@@ -118,13 +127,14 @@ class ImageDecoder:
     ) -> None:
         self.lookup, self.channels = tokenizer.quantize.get_codebook_entry, tokenizer.post_quant_conv.in_channels
         self.decode = nn.Sequential(tokenizer.post_quant_conv, tokenizer.decoder)
-        self.compiled, self._parts = compiled, _Parts(batch_size)
+        self.compiled, self.parts = compiled, _Parts(batch_size)
         weight = tokenizer.post_quant_conv.weight
         self.form: dict[str, Any] = {"dtype": weight.dtype if precision == "none" else DTYPES[precision]}
         if precision != "none" or compiled or memory_format:
             self.form["memory_format"] = memory_format or layout_of(weight.device, compiled)
             self.decode = copy.deepcopy(self.decode).to(**self.form)
         if compiled:
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)  # a few per decoder
             self.decode.compile(dynamic=False)
 
     @torch.no_grad()
@@ -135,7 +145,7 @@ class ImageDecoder:
         """
         edge = int(codes.shape[1] ** 0.5)
         shape = (self.channels, *(grid or (edge, edge)))
-        return self._parts.apply(lambda part: self._images(part, shape), codes)
+        return self.parts.apply(lambda part: self._images(part, shape), codes)
 
     def _images(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
         count = len(codes)
@@ -146,9 +156,14 @@ class ImageDecoder:
 
     def _filled(self, count: int) -> int:
         """The size of a compiled batch that holds `count` images."""
-        return min(2 ** (count - 1).bit_length(), max(count, self._parts.batch_size)) if count else 0
+        return min(2 ** (count - 1).bit_length(), max(count, self.parts.batch_size)) if count else 0
 
 
 def decode_codes(tokenizer: VQModel, codes: Tensor) -> Tensor:
-    """Images of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1], by an `ImageDecoder`."""
-    return ImageDecoder(tokenizer)(codes)
+    """Images of codes (B, h*w) on a square grid: (B, 3, H, W) float32, nominally in [-1, 1], by an `ImageDecoder`.
+
+    Batches stay as small as the memory once made them for this tokenizer.
+    """
+    decoder = ImageDecoder(tokenizer)
+    decoder.parts = _parts_of.setdefault(tokenizer, decoder.parts)
+    return decoder(codes)

@@ -101,6 +101,25 @@ def test_a_gpu_takes_32_images_at_a_time_and_nothing_waits_for_it():
     assert seen == [32, 32, 6, 32, 32, 6, 50, 20]
 
 
+def test_decoding_remembers_what_fits_and_passes_on_that_nothing_does():
+    with FakeTensorMode(), torch.device("cuda"):
+        tokenizer, tried, limit = VQ_models["VQ-4-S"]().eval(), [], 20
+
+        def limited(_, inputs):
+            tried.append(len(inputs[0]))
+            if tried[-1] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        tokenizer.decoder.register_forward_pre_hook(limited)
+        codes = torch.zeros(40, 16, dtype=torch.int32)
+        shapes = [decode_codes(tokenizer, codes).shape for _ in range(2)]
+        assert shapes == [(40, 3, 16, 16)] * 2 and tried == [32, 16, 16, 8, 16, 16, 8]
+        limit = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            decode_codes(tokenizer, codes)
+    assert tried[7:] == [16, 8, 4, 2, 1]
+
+
 def test_batches_stay_smaller_once_the_memory_did_not_suffice(capsys):
     with FakeTensorMode(), torch.device("cuda"):
         tokenizer, tried = VQ_models["VQ-4-S"]().eval(), []
