@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from webdataset.tariterators import group_by_keys
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 MAX_MEMBER = 2**28  # bytes; a larger one is no image, caption or code
@@ -106,6 +105,8 @@ def members_of(archive: tarfile.TarFile, path: Path, report: Report) -> Iterator
 
 def read_tar(path: str | Path, report: Report) -> Iterator[dict[str, Any]]:
     """The samples of a tar: member name -> bytes, and "__key__"; `report` hears of damage, which ends it."""
+    from webdataset.tariterators import group_by_keys  # here: see tars.py
+
     path = Path(path)
     for sample in group_by_keys(_files(path, report), handler=lambda error: report(str(error.args[0])) is None):
         del sample["__url__"]

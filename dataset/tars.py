@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.writer import TarWriter
 
 from dataset.imagenet import build_imagenet_code
 from dataset.images import ClassFolders, read_rgb
@@ -90,6 +89,8 @@ def write_shards(
 
 
 def _write_tar(file: Any, samples: Iterable[Mapping[str, Any]]) -> None:
+    from webdataset.writer import TarWriter  # here, so that everything that reads no tars does without the package
+
     keys: set[str] = set()
     with TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False, format="PAX_FORMAT") as writer:
         for sample in samples:
