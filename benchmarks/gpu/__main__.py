@@ -32,7 +32,7 @@ from benchmarks.gpu.sections import SECTIONS, Section
 from utils.args import make_parser
 from utils.errors import run
 
-AT_A_TIME = 4  # sections in which nothing is timed
+AT_A_TIME = 5  # sections in which nothing is timed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,24 +71,30 @@ def main() -> None:
 
 
 def run_all(sections: Sequence[Section], args: argparse.Namespace) -> None:
-    """Run `sections` within the budget: those without timing several at a time, the timed ones alone, in order."""
+    """Run `sections` within the budget: those without timing several at a time, the timed ones alone, in order.
+
+    Where the budget is too small for all limits, those of the timed sections shrink alike.
+    """
     deadline = time.monotonic() + args.budget
+    timed = sum(section.seconds for section in sections if section.timed)
+    untimed = max((section.seconds for section in sections if not section.timed), default=0.0)
+    share = min(1.0, max(args.budget - untimed, 0.0) / max(timed, 1.0))
     with ThreadPoolExecutor(AT_A_TIME if not args.tiny else 1) as pool:
         waiting = []
         for section in sections:
             if section.timed:
                 [job.result() for job in waiting]
                 waiting = []
-                run_apart(section, args, deadline)
+                run_apart(section, args, deadline, section.seconds * share)
             else:
-                waiting.append(pool.submit(run_apart, section, args, deadline))
+                waiting.append(pool.submit(run_apart, section, args, deadline, section.seconds))
         [job.result() for job in waiting]
 
 
-def run_apart(section: Section, args: argparse.Namespace, deadline: float) -> None:
+def run_apart(section: Section, args: argparse.Namespace, deadline: float, seconds: float) -> None:
     """Run one section as a process; its output goes to a log, its end and its seconds to the records."""
     context = Context(section.name, torch.device(args.device), args.out)
-    limit = min(section.seconds if not args.tiny else 600.0, deadline - time.monotonic())
+    limit = min(seconds if not args.tiny else 600.0, deadline - time.monotonic())
     if limit < 5:
         context.check("ran", False, error="no time was left")
         return

@@ -18,6 +18,7 @@ from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.noise import ImageNoise
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.probe import ceilings
+from benchmarks.gpu.profiling import profile, short
 from benchmarks.sampling import step_cost
 from utils.flops import hardware_of
 
@@ -91,7 +92,7 @@ def measure(context: Context, model: Transformer, case: tuple[str, int, int, str
         peak_gb=round(context.peak_memory_gb(), 1),
     )  # fmt: skip
     if context.device.type == "cuda" and batch in (8, 256) and name != "eager" and size in ("GPT-L", "GPT-3B"):
-        profile(context, engine, labels, f"{size} x{batch} {engine.name} {quantize}")
+        profile_step(context, engine, labels, f"{size} x{batch} {engine.name} {quantize}")
 
 
 def generation_seconds(context: Context, engine: Engine, labels: torch.Tensor) -> float:
@@ -102,18 +103,17 @@ def generation_seconds(context: Context, engine: Engine, labels: torch.Tensor) -
     return context.synchronize() - started
 
 
-def profile(context: Context, engine: Engine, labels: torch.Tensor, name: str) -> None:
-    """Kernels of 16 tokens in the middle of an image: names, counts and microseconds a step."""
-    steps = 17
+def profile_step(context: Context, engine: Engine, labels: torch.Tensor, name: str) -> None:
+    """Kernels of the first 16 steps of an image: calls and microseconds a step, and the share of time without any."""
+    steps = 16
     options: dict[str, Any] = {"generators": ImageNoise(range(len(labels)), labels.device), **_OPTIONS}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        generate(engine, labels, steps, **options)
-        torch.cuda.synchronize()
-    rows = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    rows.sort(key=lambda e: -e.self_device_time_total)
-    table = [
-        {"kernel": e.key[:60], "count": round(e.count / (steps - 1), 1), "us": round(e.self_device_time_total / (steps - 1), 1)}
-        for e in rows[:14]
+    generate(engine, labels, steps + 1, **{**options, "generators": ImageNoise(range(len(labels)), labels.device)})
+    found = profile(context, lambda: generate(engine, labels, steps + 1, **options))
+    kernels = [
+        f"{1e3 * ms / steps:.1f} us, {calls / steps:.1f} x {short(kernel, 50)}"
+        for kernel, (calls, ms) in list(found.totals.items())[:12]
     ]
-    total = sum(e.self_device_time_total for e in rows) / (steps - 1)
-    context.record("profile", case=name, us_per_step=round(total, 1), kernels=table)
+    busy_us = 1e3 * sum(ms for _, ms in found.totals.values()) / steps
+    context.record(
+        "profile", case=name, busy_us_per_step=round(busy_us, 1), idle_share=found.idle_share, kernels=kernels
+    )

@@ -16,7 +16,7 @@ from autoregressive.sample.painter import Painter, class_subjects
 from autoregressive.sample.pipeline import engine_name
 from benchmarks.gpu.context import Context
 from tokenizer.build import build_tokenizer
-from tokenizer.coding import decode_codes
+from tokenizer.coding import decode_codes, layout_of
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.flops import block_weights, cache_bytes, head_weights
 from utils.image import save_png, to_uint8
@@ -54,7 +54,7 @@ def random_models(args: argparse.Namespace, device: torch.device) -> tuple[Engin
     """Engine and tokenizer as `load_models` makes them, with random weights; the GPT's head too, which begins at 0."""
     torch.manual_seed(0)
     with device:
-        tokenizer = build_tokenizer(args).to(memory_format=torch.channels_last).eval()
+        tokenizer = build_tokenizer(args).to(memory_format=layout_of(device)).eval()
         gpt = build_gpt(args, tokenizer.config.codebook_size)
         torch.nn.init.normal_(gpt.output.weight, std=gpt.config.initializer_range)
     gpt = gpt.to(DTYPES[args.precision]).eval()

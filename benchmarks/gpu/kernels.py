@@ -1,25 +1,50 @@
-"""Triton kernels of a decode step: every check of their tests, with this device."""
+"""Triton kernels of a decode step: every check of their tests with this device, and the tests that need a GPU."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from benchmarks.gpu.context import Context
 
-MODULES = ("sampler", "attention", "linear")
-TESTS = "tests.autoregressive.engine.kernels"
-RESERVE_S = 4.0  # seconds before the section's end after which no further check begins
+TESTS = "tests.autoregressive"
+MODULES = (
+    "engine.kernels.test_sampler",
+    "engine.kernels.test_attention",
+    "models.test_loss",
+    "engine.test_fused",
+    "engine.kernels.test_linear",
+)
+TINY = MODULES[:3]  # those that are interpreted in a few seconds
+GPU_TESTS = (
+    "tests/autoregressive/train/test_on_gpu.py",
+    "tests/autoregressive/engine/test_static.py",
+    "tests/utils/test_distributed.py",
+)
+RESERVE_S = 4.0  # seconds before the section's end at which a check is ended
+AT_A_TIME = 14  # most of a check is compiling, on one core
 
 
 def run(context: Context) -> None:
-    """The checks of all modules; a module that is not there is a failed check."""
+    """All checks, each in a process of its own, many at a time on a GPU."""
     interpret_on_cpu(context)
-    for name in MODULES:
-        with context.attempt(name):
-            check_module(context, name)
+    jobs = []
+    if context.device.type == "cuda":
+        jobs.append(partial(run_gpu_tests, context))
+    for name in MODULES if not context.tiny else TINY:
+        tests = importlib.import_module(f"{TESTS}.{name}")
+        checks = [key for key, _ in inspect.getmembers(tests, inspect.isfunction) if key.startswith("check_")]
+        context.check(f"{name}: has checks", bool(checks), checks=checks)
+        jobs += [partial(run_check, context, name, key) for key in (checks[-1:] if context.tiny else checks)]
+    with ThreadPoolExecutor(AT_A_TIME if context.device.type == "cuda" else 1) as pool:
+        for job in [pool.submit(job) for job in jobs]:
+            job.result()
 
 
 def interpret_on_cpu(context: Context) -> None:
@@ -28,20 +53,26 @@ def interpret_on_cpu(context: Context) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def check_module(context: Context, name: str) -> None:
-    """Call every check of a kernel's test with this device; in the tiny program, whose kernels are slow, the last."""
+def run_check(context: Context, module: str, function: str) -> None:
+    """Call one check with the device."""
+    code = f"import {TESTS}.{module} as tests; tests.{function}('{context.device.type}')"
+    run_command(context, f"{module}: {function}", [sys.executable, "-c", code])
+
+
+def run_gpu_tests(context: Context) -> None:
+    """The tests that are skipped without a GPU."""
+    options = ["-q", "-p", "no:cacheprovider", "-k", "gpu or graphs or device or finite or cpu"]
+    run_command(context, "tests that need a GPU", [sys.executable, "-m", "pytest", *options, *GPU_TESTS])
+
+
+def run_command(context: Context, name: str, command: list[str]) -> None:
+    """Run a command and note whether it ended well, else the end of what it printed."""
+    started = time.perf_counter()
     try:
-        tests = importlib.import_module(f"{TESTS}.test_{name}")
-    except ModuleNotFoundError as error:
-        context.check(name, False, error=str(error))
-        return
-    checks = [(key, f) for key, f in inspect.getmembers(tests, inspect.isfunction) if key.startswith("check_")]
-    context.check(f"{name}: has checks", bool(checks), checks=[key for key, _ in checks])
-    for key, function in checks[-1:] if context.tiny else checks:
-        if context.seconds_left < RESERVE_S:
-            context.record(f"{name}: {key}", skipped="no time was left")
-            continue
-        with context.attempt(f"{name}: {key}"):
-            started = time.perf_counter()
-            function(context.device.type)
-            context.check(f"{name}: {key}", True, seconds=round(context.synchronize() - started, 1))
+        limit = max(context.seconds_left - RESERVE_S, 1.0)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        error = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
+    except subprocess.TimeoutExpired:
+        error = "no time was left"
+    seconds = round(time.perf_counter() - started, 1)
+    context.check(name, not error, seconds=seconds, **({"error": error} if error else {}))

@@ -70,8 +70,8 @@ EXPECTED = {
         "fsdp continues ddp", "fsdp: bf16 losses of ddp", "fp16",
     ],
     "kernels": [
-        *(f"{module}: has checks" for module in kernels.MODULES),
-        "sampler: check_step", "attention: check_wide_rows", "linear: check_swiglu",
+        *(f"{module}: has checks" for module in kernels.TINY),
+        "engine.kernels.test_sampler: check_step", "engine.kernels.test_attention: check_wide_rows",
     ],
     "kernel_times": [
         "copy", "first launches",
@@ -195,8 +195,9 @@ def test_differences_of_weights():
 
 
 def test_kernels_that_are_not_there_are_a_failed_check(tmp_path):
-    kernels.check_module(context(tmp_path), "nothing")
-    assert records(tmp_path)["nothing"]["passed"] is False
+    kernels.run_check(context(tmp_path), "engine.test_nothing", "check_it")
+    record = records(tmp_path)["engine.test_nothing: check_it"]
+    assert record["passed"] is False and "No module named" in record["error"]
 
 
 def test_every_launch_has_operands_of_its_own_that_no_cache_holds(tmp_path):
