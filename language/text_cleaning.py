@@ -11,12 +11,6 @@ import re
 import urllib.parse
 import warnings
 
-import ftfy
-from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
-
-# A caption that is only a link or a file name is still a caption.
-warnings.filterwarnings("ignore", category=MarkupResemblesLocatorWarning)
-
 Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -95,14 +89,24 @@ def clean_caption(text: object) -> str:
 
 
 def _clean_once(text: str) -> str:
+    import ftfy  # here, so that everything that cleans no captions does without the package
+
     text = urllib.parse.unquote_plus(text).strip().lower()
     text = _apply(_LINKS, text)
-    text = BeautifulSoup(text, features="html.parser").text
+    text = _text_of_html(text)
     text = _apply(_CHARACTERS, text)
     if len(_JOINERS.findall(text)) > _MOST_JOINERS:
         text = _JOINERS.sub(" ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return _apply(_ENDS, _apply(_CATALOGUE, text)).strip()
+
+
+def _text_of_html(text: str) -> str:
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning  # here, as ftfy is
+
+    # A caption that is only a link or a file name is still a caption.
+    warnings.filterwarnings("ignore", category=MarkupResemblesLocatorWarning)
+    return BeautifulSoup(text, features="html.parser").text
 
 
 def _apply(rules: Rules, text: str) -> str:

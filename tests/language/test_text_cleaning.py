@@ -123,3 +123,9 @@ def test_captions_that_look_like_files_do_not_warn():
     command = [sys.executable, "-W", "error::UserWarning", "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "photo. html|\n", "")
+
+
+def test_samplers_start_without_the_packages_that_clean_captions():
+    code = "import sys; sys.modules['ftfy'] = sys.modules['bs4'] = None; import autoregressive.serve.cards"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
