@@ -127,9 +127,9 @@ def _own_paths(model: VQModel, codes: Tensor, compiled: bool) -> dict[str, Calla
 
 
 def _record_decode(context: Context, size: int, batch: int, variant: Variant, ms: float, psnr: float) -> None:
+    layout = {True: "channels last", False: "contiguous", None: "its own"}[variant.channels_last]
     context.record(
-        "decode", image_size=size, batch=batch, precision=variant.precision,
-        layout={True: "channels last", False: "contiguous", None: "its own"}[variant.channels_last], compiled=variant.compiled,
+        "decode", image_size=size, batch=batch, precision=variant.precision, layout=layout, compiled=variant.compiled,
         ms_per_image=ms / batch, psnr_db=psnr,
     )  # fmt: skip
 
