@@ -10,7 +10,6 @@ import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
 from language.embedder import TextEmbedder
-from language.text_cleaning import clean_caption
 
 DEFAULT_CACHE = Path("~/.cache/llamagen-t5")
 HUB_IDS = {name: f"google/{name}" for name in ("t5-v1_1-xxl", "t5-v1_1-xl", "flan-t5-xl")}
@@ -73,7 +72,11 @@ class T5Embedder(TextEmbedder):
 
     def text_preprocessing(self, text: str) -> str:
         """The text the tokenizer sees for a caption."""
-        return clean_caption(text) if self.use_text_preprocessing else text.lower().strip()
+        if not self.use_text_preprocessing:
+            return text.lower().strip()
+        from language.text_cleaning import clean_caption  # needs packages that nothing else does
+
+        return clean_caption(text)
 
 
 def _find_source(dir_or_name: str, cache: Path, local_cache: bool) -> str:

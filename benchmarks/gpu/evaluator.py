@@ -47,10 +47,10 @@ def _layout_speed(
     """Images per second of the network alone, and how far its features are from `expected`, those of the evaluator."""
     memory_format = torch.channels_last if layout == "channels last" else torch.contiguous_format
     network.network.to(memory_format=memory_format)
-    pictures = images.permute(0, 3, 1, 2).float().contiguous(memory_format=memory_format)
+    inputs = images.permute(0, 3, 1, 2).float().contiguous(memory_format=memory_format)
     with nullcontext() if tf32 else exact_float32():
-        found = network.network(pictures)[POOL].flatten(1)
-        ms = context.median_ms(lambda: network.network(pictures), repeats=5, warm_up=1)
+        found = network.network(inputs)[POOL].flatten(1)
+        ms = context.median_ms(lambda: network.network(inputs), repeats=5, warm_up=1)
     difference = ((found - expected).norm() / expected.norm()).item()
     context.record("inception", layout=layout, tf32=tf32, batch=len(images), images_per_s=1e3 * len(images) / ms,
                    relative_difference=difference)  # fmt: skip

@@ -31,7 +31,7 @@ from utils.args import num_workers
 from utils.precision import allow_tf32
 
 _CLASSES = 4
-_DIFFERENT = 40  # pictures that are made; the others have the same content
+_DIFFERENT = 40  # contents that are made; each is in many files
 
 
 def run(context: Context) -> None:

@@ -37,7 +37,7 @@ def run(context: Context) -> None:
             if reason:
                 context.record(f"images, batch {batch}", skipped=reason)
             else:
-                _draw(context, args, engine, tokenizer, batch, first)
+                _sample(context, args, engine, tokenizer, batch, first)
 
 
 def sampler_args(context: Context) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def random_models(args: argparse.Namespace, device: torch.device) -> tuple[Engin
 
 
 def _reason_to_skip(context: Context, config: ModelArgs, batch: int, first: bool) -> str | None:
-    """Why a batch cannot be drawn here, or None."""
+    """Why a batch cannot be sampled here, or None."""
     if context.seconds_left < (14 if first else 10):
         return f"{context.seconds_left:.0f} s left"
     if context.device.type != "cuda":
@@ -73,10 +73,10 @@ def _reason_to_skip(context: Context, config: ModelArgs, batch: int, first: bool
     return f"needs about {needed:.0f} of {there:.0f} GB" if needed > there else None
 
 
-def _draw(
+def _sample(
     context: Context, args: argparse.Namespace, engine: Engine, tokenizer: VQModel, batch: int, first: bool
 ) -> None:
-    """Draw `batch` images of as many classes and record how long both halves took."""
+    """Sample `batch` images of as many classes and record how long both halves took."""
     args = argparse.Namespace(**{**vars(args), "batch_size": batch})
     ids = [number % args.num_classes for number in range(batch)]
     painter = Painter(

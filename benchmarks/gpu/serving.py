@@ -72,8 +72,8 @@ async def _clients(source: LocalSource, clients: int, requests: int, seed: int) 
             started = time.perf_counter()
             request = Request(card.name, number % 90, Sampling(**card.sampling), seed + number * requests + i)
             async with contextlib.aclosing(source.draw(request)) as events:
-                drawn = [event async for event in events if isinstance(event, Drawn)]
-            seconds += [time.perf_counter() - started] * len(drawn)
+                images = [event async for event in events if isinstance(event, Drawn)]
+            seconds += [time.perf_counter() - started] * len(images)
         return seconds
 
     return [s for found in await asyncio.gather(*map(one, range(clients))) for s in found]

@@ -29,7 +29,7 @@ class Variant(NamedTuple):
     """A way to decode: number format, layout of the weights, whether the decoder is compiled."""
 
     precision: str  # "fp32", "tf32", "autocast bf16" or "bf16"; or a name for people
-    channels_last: bool = True
+    channels_last: bool | None = True  # None: as it is
     compiled: bool = False
 
 
@@ -114,16 +114,22 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
                 milliseconds = seconds_bound(context, partial(decode, latents))
             _record_decode(context, size, batch, variant, milliseconds, psnr)
             del decode
-    if variants is not _COMPILED and context.seconds_left > 3:
-        path = partial(decode_codes, model, codes)
-        psnr, milliseconds = _psnr(path()[:2], exact), seconds_bound(context, path)
-        _record_decode(context, size, batch, Variant("as the samplers do"), milliseconds, psnr)
+    paths = _own_paths(model, codes, variants is _COMPILED)
+    for name, path in paths.items():
+        if context.seconds_left > 3:
+            psnr, milliseconds = _psnr(path()[:2], exact), seconds_bound(context, path)
+            _record_decode(context, size, batch, Variant(name, channels_last=None), milliseconds, psnr)
+
+
+def _own_paths(model: VQModel, codes: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+    """How the commands decode."""
+    return {} if compiled else {"as the samplers do": partial(decode_codes, model, codes)}
 
 
 def _record_decode(context: Context, size: int, batch: int, variant: Variant, ms: float, psnr: float) -> None:
+    layout = {True: "channels last", False: "contiguous", None: "its own"}[variant.channels_last]
     context.record(
-        "decode", image_size=size, batch=batch, precision=variant.precision,
-        layout="channels last" if variant.channels_last else "contiguous", compiled=variant.compiled,
+        "decode", image_size=size, batch=batch, precision=variant.precision, layout=layout, compiled=variant.compiled,
         ms_per_image=ms / batch, psnr_db=psnr,
     )  # fmt: skip
 

@@ -174,7 +174,7 @@ def _prepare(context: Context, args: argparse.Namespace) -> tuple[TrainStep, Uns
     settings, run_folder = TrainSettings.from_args(args, sampler.batches_per_epoch), open_run(args, args.gpt_model)
     logger = logging.getLogger("llamagen.benchmark")
     guard = LossGuard(args.on_bad_loss, args.spike_threshold, run_folder.path / "bad-batches", logger)
-    with context.device:  # weights are drawn where they are used: three billion take a minute on a CPU
+    with context.device:  # weights are made where they are used: three billion take a minute on a CPU
         step = TrainStep(args, context.device, settings.total_steps, inputs, guard)
     watched = Watched(step, context)
     trainer = Unsaved(run_folder, logger, context.device, loader, watched, step.stateful(), settings, extra={})

@@ -45,6 +45,43 @@ def test_section(section, tmp_path):
     assert found["ran"]["passed"]
 
 
+NOT_NEEDED = (
+    "webdataset",
+    "ftfy",
+    "bs4",
+    "uvicorn",
+    "starlette",
+    "httpx",
+    "multipart",
+    "lpips",
+    "tensorflow",
+    "gradio",
+)
+HIDDEN = f"""
+import importlib, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] in {NOT_NEEDED} else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+for name in {list(EXPECTED)}:
+    importlib.import_module(f"benchmarks.gpu.{{name}}")
+"""
+
+
+@pytest.mark.slow
+def test_sections_need_few_packages():
+    done = subprocess.run([sys.executable, "-c", HIDDEN], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_kernels_and_gaps():
     seen = Profile((("a", 0.0, 4000.0), ("b", 3000.0, 5000.0), ("a", 8000.0, 10000.0)))
     assert seen.totals == {"a": (2, 6.0), "b": (1, 2.0)}
