@@ -104,7 +104,8 @@ class OnDevice:
             return recipe({key: value.cpu() for key, value in template.items()}, *args, **named)
 
         def compare_here(where: str, got: Any, want: Tensor, entry: dict[str, Any]) -> None:
-            compare(where, torch.as_tensor(got).detach().cpu(), want, entry)
+            with torch.device("cpu"):
+                compare(where, torch.as_tensor(got).detach().cpu(), want.cpu(), entry)
 
         changed = {"recipe_weights": recipe_here, "_compare_tensor": compare_here}
         with mock.patch.multiple(golden, **changed), mock.patch.object(golden.Case, "load", load_there):
