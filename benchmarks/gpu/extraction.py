@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from autoregressive.train import extract_codes_c2i, train_c2i
-from autoregressive.train.extraction import Job, encode_crops, load_fitting_tokenizer
+from autoregressive.train.extraction import Job, load_fitting_tokenizer
 from autoregressive.train.inputs import make_inputs
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.tokenizer import random_tokenizer
@@ -42,8 +42,9 @@ def run(context: Context) -> None:
         folder = Path(name)
         write_jpegs(folder / "images", count)
         args = extraction_args(context, folder)
-        with context.attempt("ten-crop extraction"):
-            extract(context, args, views)
+        for precision in ("tf32", "exact"):
+            with context.attempt(f"ten-crop extraction, {precision}"):
+                extract(context, argparse.Namespace(**{**vars(args), "encode_precision": precision}), views)
         with context.attempt("image loader"):
             load_images(context, args)
         with context.attempt("code loader"):
@@ -88,10 +89,10 @@ def extract(context: Context, args: argparse.Namespace, views: int) -> None:
     """Crops per second between the first batch, which starts the workers, and the last; the GPU's idle share."""
     tokenizer = load_fitting_tokenizer(args, context.device)
     crops = torch.rand(args.batch_size, views, 3, args.image_size, args.image_size, device=context.device) * 2 - 1
-    batch_ms = context.median_ms(lambda: encode_crops(tokenizer, crops), repeats=3, warm_up=1)
     job = Job(args, tokenizer, _numbered(args), context.device)
-    # as many whole batches as fit into a third of the time that is left
-    most = 1 + int(context.seconds_left / 3 * 1e3 / batch_ms)
+    batch_ms = context.median_ms(lambda: job.encode.of_views(crops), repeats=3, warm_up=1)
+    # as many whole batches as fit into a quarter of the time that is left
+    most = 1 + int(context.seconds_left / 4 * 1e3 / batch_ms)
     count = min(len(job.images) // args.batch_size, max(most, 3))
     batches = [range(args.batch_size * i, args.batch_size * (i + 1)) for i in range(count)]
     began = time.perf_counter()
@@ -101,7 +102,8 @@ def extract(context: Context, args: argparse.Namespace, views: int) -> None:
     done = sum(len(batch.indices) for batch in results)
     seconds = time.perf_counter() - first
     busy = batch_ms / 1e3 * (count - 1)
-    context.record("ten-crop extraction", image_size=args.image_size, images=done, workers=args.num_workers,
+    context.record("ten-crop extraction", precision=args.encode_precision, image_size=args.image_size, images=done,
+                   workers=args.num_workers,
                    crops_per_s=done * views / seconds, images_per_s=done / seconds,
                    encode_ms_per_crop=batch_ms / args.batch_size / views, idle_share=max(1 - busy / seconds, 0.0),
                    first_batch_seconds=first - began)  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoregressive.serve.cards import EMOJI
 from benchmarks.gpu.context import Context
-from tokenizer.coding import decode_codes, encode_images
+from tokenizer.coding import ImageDecoder, encode_images, layout_of
 from tokenizer.nearest import exact_arithmetic
 from tokenizer.tokenizer_image import vq_train
 from tokenizer.tokenizer_image.train_step import TrainStep
@@ -71,11 +71,11 @@ def run(context: Context) -> None:
 
 
 def random_tokenizer(context: Context) -> VQModel:
-    """A tokenizer of random weights in evaluation mode, channels last, as `load_tokenizer` lays it out."""
+    """A tokenizer of random weights in evaluation mode, laid out as by `load_tokenizer`."""
     torch.manual_seed(0)
     with context.device:
         model = VQ_models["VQ-16" if not context.tiny else "VQ-4-S"]()
-    return model.to(memory_format=torch.channels_last).eval()
+    return model.to(memory_format=layout_of(context.device)).eval()
 
 
 def arithmetic(device_type: str, precision: str) -> AbstractContextManager:
@@ -114,16 +114,21 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
                 milliseconds = seconds_bound(context, partial(decode, latents))
             _record_decode(context, size, batch, variant, milliseconds, psnr)
             del decode
-    paths = _own_paths(model, codes, variants is _COMPILED)
+    paths = _own_paths(context, model, codes, variants is _COMPILED)
     for name, path in paths.items():
         if context.seconds_left > 3:
             psnr, milliseconds = _psnr(path()[:2], exact), seconds_bound(context, path)
             _record_decode(context, size, batch, Variant(name, channels_last=None), milliseconds, psnr)
 
 
-def _own_paths(model: VQModel, codes: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+def _own_paths(context: Context, model: VQModel, codes: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
     """How the commands decode."""
-    return {} if compiled else {"as the samplers do": partial(decode_codes, model, codes)}
+    if compiled:  # the compiler of a CPU takes half a minute: the tiny run goes without
+        return {"bf16 decoder, compiled": partial(ImageDecoder(model, "bf16", compiled=not context.tiny), codes)}
+    return {
+        "as the samplers do": partial(ImageDecoder(model), codes),
+        "bf16 decoder": partial(ImageDecoder(model, "bf16"), codes),
+    }
 
 
 def _record_decode(context: Context, size: int, batch: int, variant: Variant, ms: float, psnr: float) -> None:

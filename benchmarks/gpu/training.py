@@ -177,7 +177,9 @@ def _prepare(context: Context, args: argparse.Namespace) -> tuple[TrainStep, Uns
     with context.device:  # weights are made where they are used: three billion take a minute on a CPU
         step = TrainStep(args, context.device, settings.total_steps, inputs, guard)
     watched = Watched(step, context)
-    trainer = Unsaved(run_folder, logger, context.device, loader, watched, step.stateful(), settings, extra={})
+    trainer = Unsaved(
+        run_folder, logger, context.device, loader, watched, step.stateful(), settings, extra={}, settle=step.settle
+    )
     return step, trainer, watched
 
 
