@@ -9,21 +9,19 @@ that are bound by the matrix products, which cuBLAS then computes.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.engine.kernels.attention import decode_attention
-from autoregressive.engine.kernels.linear import linear, rms_norm, silu_mul, swiglu
+from autoregressive.engine.kernels.linear import MAX_ROWS, Stream, add_linear, embed, linear, rms_norm, silu_mul, swiglu
 from autoregressive.engine.kernels.sampler import advance, sample_tokens
 from autoregressive.engine.static import DecodeBuffers, GraphKey, StaticEngine
 from autoregressive.engine.weight_only import Int8Linear
-from autoregressive.models.cache import DecodeCache, FixedCache
+from autoregressive.models.cache import DecodeCache, FixedCache, KVCache
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.layers import FeedForward, RMSNorm, TransformerBlock
-
-SKINNY_ROWS = 64  # up to here a product is bound by reading its weights
+from autoregressive.models.layers import RMSNorm
 
 
 def unsupported(model: Transformer) -> str | None:
@@ -78,57 +76,68 @@ class FusedEngine(StaticEngine):
 
     def _logits(self, key: GraphKey, buffers: DecodeBuffers, cache: FixedCache) -> Tensor:
         """Logits (rows, V) of the tokens to feed, in the model's format."""
-        model = self.model
-        h = model.tok_embeddings(buffers.x[:, 0])
-        if key.with_uncond:
-            h = torch.cat([h, h])
-        first_key = buffers.first_key[: len(h)] if key.masked else None
-        for block, kv in zip(model.layers, cache.layers):
-            h = _attend(h, block, model.freqs_cis, buffers.position, kv.k_cache, kv.v_cache, first_key)
-            h = _feed_forward(h, block.feed_forward, block.ffn_norm)
-        return _product(h, model.output, norm=model.norm)
+        rows = key.images * (2 if key.with_uncond else 1)
+        step = _Step(
+            self.model, buffers.position, buffers.first_key[:rows] if key.masked else None, cache, buffers.x[:, 0]
+        )
+        return step.skinny(copies=rows // key.images) if rows <= MAX_ROWS else step.wide(copies=rows // key.images)
 
 
-def _attend(
-    h: Tensor,
-    block: TransformerBlock,
-    rope_table: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    first_key: Tensor | None,
-) -> Tensor:
-    """h (rows, dim) + attention(norm(h)), with the new keys and values stored at `position`."""
-    attention = block.attention
-    qkv = _product(h, attention.wqkv, norm=block.attention_norm)
-    out = decode_attention(qkv, rope_table, position, k_cache, v_cache, n_head=attention.n_head, first_key=first_key)
-    return _product(out, attention.wo, residual=h)
+@dataclass(frozen=True)
+class _Step:
+    """One decode step of tokens int64 (B,): logits (copies * B, V)."""
+
+    model: Transformer
+    position: Tensor
+    first_key: Tensor | None
+    cache: FixedCache
+    tokens: Tensor
+
+    def skinny(self, copies: int) -> Tensor:
+        """By the kernels that read each matrix once: for few rows, whose time is that of reading."""
+        blocks = list(self.model.layers)
+        norms = [*(block.attention_norm for block in blocks), self.model.norm]
+        stream = embed(self.tokens, self.model.tok_embeddings.weight, norms[0].weight, copies)
+        for block, kv, norm, next_norm in zip(blocks, self.cache.layers, norms, norms[1:]):
+            attention, gated = block.attention, block.feed_forward
+            qkv = linear(stream, attention.wqkv.weight, eps=norm.eps, scale=_scale(attention.wqkv))
+            mixed = self.attend(qkv, kv, attention.n_head)
+            stream = _add(mixed, attention.wo, stream, block.ffn_norm)
+            scales = {"scale1": _scale(gated.w1), "scale3": _scale(gated.w3)}
+            inner = swiglu(stream, gated.w1.weight, gated.w3.weight, eps=block.ffn_norm.eps, **scales)
+            stream = _add(inner, gated.w2, stream, next_norm)
+        head = self.model.output
+        return linear(stream, head.weight, eps=self.model.norm.eps, scale=_scale(head))
+
+    def wide(self, copies: int) -> Tensor:
+        """By the products of cuBLAS: for many rows, whose time is that of multiplying."""
+        h = self.model.tok_embeddings(self.tokens).repeat(copies, 1)
+        for block, kv in zip(self.model.layers, self.cache.layers):
+            attention, gated = block.attention, block.feed_forward
+            qkv = attention.wqkv(_normed(h, block.attention_norm))
+            h = _plus(h, self.attend(qkv, kv, attention.n_head), attention.wo)
+            x = _normed(h, block.ffn_norm)
+            h = _plus(h, silu_mul(gated.w1(x), gated.w3(x)), gated.w2)
+        return self.model.output(_normed(h, self.model.norm))
+
+    def attend(self, qkv: Tensor, kv: KVCache, n_head: int) -> Tensor:
+        """Attention (rows, dim) of qkv (rows, heads), whose keys and values are stored at the position."""
+        return decode_attention(
+            qkv, self.model.freqs_cis, self.position, kv.k_cache, kv.v_cache, n_head=n_head, first_key=self.first_key
+        )
 
 
-def _feed_forward(h: Tensor, layer: FeedForward, norm: RMSNorm) -> Tensor:
-    """h (rows, dim) + feed_forward(norm(h))."""
-    if len(h) <= SKINNY_ROWS:
-        scales = {"scale1": _scale(layer.w1), "scale3": _scale(layer.w3)}
-        inner = swiglu(h, layer.w1.weight, layer.w3.weight, norm_weight=norm.weight, eps=norm.eps, **scales)
-    else:
-        x = rms_norm(h, norm.weight, norm.eps)
-        inner = silu_mul(layer.w1(x), layer.w3(x))
-    return _product(inner, layer.w2, residual=h)
+def _add(x: Tensor, layer: nn.Linear | Int8Linear, stream: Stream, next_norm: RMSNorm) -> Stream:
+    return add_linear(x, layer.weight, stream.h, next_norm.weight, scale=_scale(layer))
 
 
-def _product(
-    x: Tensor, layer: nn.Linear | Int8Linear, *, norm: RMSNorm | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """layer(norm(x)) + residual, (rows, outputs)."""
-    if len(x) <= SKINNY_ROWS:
-        options = {} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
-        return linear(x, layer.weight, residual=residual, scale=_scale(layer), **options)
-    if norm is not None:
-        x = rms_norm(x, norm.weight, norm.eps)
-    if residual is not None and isinstance(layer, nn.Linear):
-        return torch.addmm(residual, x, layer.weight.t())
-    out = F.linear(x, layer.weight) if isinstance(layer, nn.Linear) else layer(x)
-    return out if residual is None else out + residual
+def _plus(h: Tensor, x: Tensor, layer: nn.Linear | Int8Linear) -> Tensor:
+    """h + layer(x), added by cuBLAS itself where the weights are not int8."""
+    return h + layer(x) if isinstance(layer, Int8Linear) else torch.addmm(h, x, layer.weight.t())
+
+
+def _normed(h: Tensor, norm: RMSNorm) -> Tensor:
+    return rms_norm(h, norm.weight, norm.eps)
 
 
 def _scale(layer: nn.Linear | Int8Linear) -> Tensor | None:

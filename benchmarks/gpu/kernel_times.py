@@ -11,7 +11,7 @@ import importlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -168,16 +168,18 @@ class Shapes:
         ]
 
     def product(self, n: int, k: int, norm: bool, int8: bool = False, config: Any = None) -> Launch:
-        """A launch of `linear` with weights (n, k)."""
-        options = {
-            "norm_weight": self.random(k) if norm else None,
-            "residual": None if norm else self.random(self.rows, n),
-            "scale": self.random(n) if int8 else None,
-            "out": self.random(self.rows, n),
-            "config": config,
-        }
+        """A launch of `linear` on a stream, or without a norm of `add_linear`, with weights (n, k)."""
+        options = {"scale": self.random(n) if int8 else None, "config": config}
         weight = self.random(n, k, dtype=torch.int8 if int8 else None)
-        return partial(self.linear.linear, self.random(self.rows, k), weight, **options)
+        if norm:
+            return partial(self.linear.linear, self.stream(k), weight, **options)
+        stream = self.random(self.rows, n), self.random(n)
+        return partial(self.linear.add_linear, self.random(self.rows, k), weight, *stream, **options)
+
+    def stream(self, dim: int) -> Any:
+        """A residual stream of `dim` numbers a row, ready for a norm."""
+        tokens = torch.arange(self.rows, device=self.device)
+        return self.linear.embed(tokens, self.random(self.rows, dim), self.random(dim))
 
     def library_product(self, n: int, k: int) -> Launch:
         """The product alone."""
@@ -198,8 +200,7 @@ class Shapes:
         n, k = self.config.ffn_hidden, self.config.dim
         weights = [self.random(n, k, dtype=torch.int8 if int8 else None) for _ in range(2)]
         scales = {"scale1": self.random(n), "scale3": self.random(n)} if int8 else {}
-        options = {"norm_weight": self.random(k), "out": self.random(self.rows, n), "config": config, **scales}
-        return partial(self.linear.swiglu, self.random(self.rows, k), *weights, **options)
+        return partial(self.linear.swiglu, self.stream(k), *weights, config=config, **scales)
 
     def attention(self, module: ModuleType) -> Timing:
         """Attention at the middle position of an image: 289 cached ones of 577 at 384 pixels."""
@@ -246,14 +247,14 @@ class Shapes:
         return [Timing(label, read, partial(make, **top_k)), Timing(f"{label} top_p 0.95", read, partial(make, **both))]
 
 
-def sweep(context: Context, clock: Clock, shapes: Shapes, candidates: Callable[[int, int, int], list[Any]]) -> None:
-    """Times of `linear` and `swiglu` under each of their candidate launch parameters, and the default with PDL."""
+def sweep(context: Context, clock: Clock, shapes: Shapes, candidates: Callable[..., list[Any]]) -> None:
+    """Times of the products under each of their candidate launch parameters."""
     made: dict[str, tuple[float, dict[str, Callable[[], Launch]]]] = {}
     for name, (n, k, norm) in shapes.product_shapes().items():
-        configs = _configs(candidates(shapes.rows, n, k))
+        configs = candidates(shapes.rows, n, k)
         made[name] = 2.0 * n * k, {str(c): partial(shapes.product, n, k, norm, config=c) for c in configs}
     n, k = shapes.config.ffn_hidden, shapes.config.dim
-    configs = _configs(candidates(shapes.rows, n, k))
+    configs = candidates(shapes.rows, n, k, 2)
     made["swiglu"] = 4.0 * n * k, {str(c): partial(shapes.swiglu, config=c) for c in configs}
     if context.tiny:
         made = {name: (size, dict(list(makes.items())[:1])) for name, (size, makes) in list(made.items())[-1:]}
@@ -270,11 +271,6 @@ def sweep(context: Context, clock: Clock, shapes: Shapes, candidates: Callable[[
             best = min(found, key=found.__getitem__, default=None)
             values = {"best": best, "best_us": found.get(best), "default_us": next(iter(times.values()), None)}
             context.record(f"{shapes.size} {name} sweep", **values, us=times, candidates=len(makes))
-
-
-def _configs(candidates: list[Any]) -> list[Any]:
-    """The candidates, default first, and the default as a programmatic dependent launch."""
-    return [*candidates, replace(candidates[0], pdl=True)]
 
 
 def _time_or_error(clock: Clock, make: Callable[[], Launch], operand_bytes: float) -> float | str:

@@ -7,15 +7,34 @@ one row, alone and in an order that depends on nothing else: a row's result is b
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_BYTES = 8192  # of keys, and again of values, that a program takes in at once
-_NUM_WARPS = 8
-_NUM_STAGES = 3  # tiles of keys and values that are on their way or being used
+from autoregressive.engine.kernels.launch import dependent_launch, prefetch, wait_for_inputs
+
+MANY_ROWS = 64  # above it programs outnumber the multiprocessors by far
+
+
+class Config(NamedTuple):
+    """Launch parameters. `tile_bytes` of keys, and again of values, are taken in at once, `num_stages` - 1 such tiles
+    are on their way; `prefetch` asks for keys and values in the L2 cache before the kernel waits for the one before."""
+
+    tile_bytes: int
+    num_warps: int
+    num_stages: int
+    prefetch: bool = False
+
+
+def default_config(rows: int) -> Config:
+    """Few rows have few programs, each of which must keep much on its way; many are better small.
+
+    Results of different tiles or warps differ in their last bits: rows are equal on either side of `MANY_ROWS` only.
+    """
+    return Config(8192, 8, 3) if rows <= MANY_ROWS else Config(4096, 4, 3)
 
 
 @triton.jit
@@ -63,11 +82,22 @@ def _attend_cached(
 
 
 @triton.jit
+def _prefetch_cached(keys, values, start, end):
+    """Ask for the numbers `start` to `end` of both in the L2 cache."""
+    line: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+    for at in range(start, end, 256 * line):
+        places = tl.minimum(at + tl.arange(0, 256) * line, end - 1)
+        prefetch(keys + places)
+        prefetch(values + places)
+
+
+@triton.jit
 def _decode_attention_kernel(
     qkv, qkv_row_stride, rope_table, position_pointer, first_key, k_cache, v_cache, out, score_scale,
     N_HEAD: tl.constexpr, N_KV_HEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROW_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, POSITION_STRIDE: tl.constexpr,
     LOADED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row. LOADED lanes of each cached key and value are read, in blocks of LANES."""
     row = (tl.program_id(0) // N_HEAD).to(tl.int64)
@@ -76,17 +106,21 @@ def _decode_attention_kernel(
     lanes = tl.arange(0, LANES)
     position = tl.load(position_pointer).to(tl.int32)
     angles = rope_table + position * HEAD_DIM
+    first = 0
+    if first_key is not None:
+        first = tl.maximum(tl.load(first_key + row), 0).to(tl.int32)
+    keys = k_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
+    values = v_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
+    if PREFETCH:
+        _prefetch_cached(keys, values, first * POSITION_STRIDE, position * POSITION_STRIDE)
+    if PDL:
+        wait_for_inputs()
 
     heads = qkv + row * qkv_row_stride
     q = _rotated(heads + head * HEAD_DIM, angles, lanes, HEAD_DIM).to(tl.float32) * score_scale
     new_k = _rotated(heads + (N_HEAD + kv_head) * HEAD_DIM, angles, lanes, HEAD_DIM)
     new_v = tl.load(heads + (N_HEAD + N_KV_HEAD + kv_head) * HEAD_DIM + lanes, mask=lanes < HEAD_DIM, other=0.0)
 
-    keys = k_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
-    values = v_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
-    first = 0
-    if first_key is not None:
-        first = tl.maximum(tl.load(first_key + row), 0).to(tl.int32)
     highest, total, mixed = _attend_cached(
         q, keys, values, first, position, lanes, POSITION_STRIDE, LOADED, TILE, STAGES
     )
@@ -116,6 +150,7 @@ def decode_attention(
     n_head: int,
     first_key: Tensor | None = None,
     out: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """Rotate the new query and key, store the new key and value, attend: (rows, n_head * head_dim) in qkv's dtype.
 
@@ -140,6 +175,7 @@ def decode_attention(
     elif out.shape != (len(qkv), n_head * head_dim) or out.dtype != qkv.dtype or not out.is_contiguous():
         raise ValueError(f"out must be a contiguous {qkv.dtype} tensor ({len(qkv)}, {n_head * head_dim})")
     lanes = max(16, triton.next_power_of_2(head_dim))
+    config, pdl = config or default_config(len(qkv)), dependent_launch(qkv.device)
     row_stride, head_stride, position_stride, _ = k_cache.stride()
     rounded_up = -(-head_dim // 8) * 8
     _decode_attention_kernel[(len(qkv) * n_head,)](
@@ -148,8 +184,8 @@ def decode_attention(
         N_HEAD=n_head, N_KV_HEAD=n_kv_head, HEAD_DIM=head_dim,
         ROW_STRIDE=row_stride, HEAD_STRIDE=head_stride, POSITION_STRIDE=position_stride,
         LOADED=rounded_up if position_stride >= rounded_up else head_dim,
-        LANES=lanes, TILE=max(16, _TILE_BYTES // (lanes * qkv.element_size())), STAGES=_NUM_STAGES,
-        num_warps=_NUM_WARPS,
+        LANES=lanes, TILE=max(16, config.tile_bytes // (lanes * qkv.element_size())), STAGES=config.num_stages,
+        PREFETCH=config.prefetch and qkv.is_cuda, PDL=pdl, launch_pdl=pdl, num_warps=config.num_warps,
         enable_fp_fusion=False,  # the rotation rounds as that of PyTorch does; fma stands where it is meant
     )  # fmt: skip
     return out

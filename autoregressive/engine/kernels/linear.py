@@ -1,70 +1,76 @@
-"""Products of at most 64 rows with a matrix read once, with RMSNorm, SwiGLU and the residual in the same kernel.
+"""Products of at most 64 rows with a matrix read once; RMSNorm, SwiGLU and the residual are in the same kernels.
 
-A decode step multiplies 2 to 64 rows by every matrix of the model: its time is that of reading the weights. A program
-owns `block_n` outputs of all rows. Its warps split the inputs between them (`k_splits`): with few outputs there are few
-programs, and each must keep many bytes on their way from memory. Roundings are those of the modules: `layers.RMSNorm`,
-`F.linear`, `F.silu`, and a residual added after the product was rounded.
+A decode step multiplies 2 to 64 rows by every matrix of the model: its time is that of reading the weights, and of
+starting kernels. A program owns `block_n` outputs of all rows. Its warps split the inputs between them (`k_splits`):
+with few outputs there are few programs, and each must keep many bytes on their way from memory.
 
-The order in which the products of a row are added depends on `block_k` and `k_splits` alone, which the defaults never
-derive from the number of rows: a row has the same bits whatever rows are next to it. The weights stand on the left of
-the matrix instruction. Its tile of 16 rows is then full however few activations there are, and `block_n` stays below
-the 64 rows from which Triton may prefer an instruction of another internal precision (wgmma).
+RMSNorm costs no kernel and no pass. Whoever writes the residual stream (`embed`, `add_linear`) also writes it times the
+weight of the norm that follows, and the sums of its squares in parts of 16. Whoever multiplies the normalised stream
+reads these, and scales the products by 1 / rms at the end: that factor belongs to a row. The inner loop is nothing but
+copies to shared memory and matrix instructions.
+
+The order in which the products of a row are added depends on the inputs and the dtype alone, never on the number of
+rows: a row has the same bits whatever rows are next to it. The weights stand on the left of the matrix instruction. Its
+tile of 16 rows is then full however few activations there are, and `block_n` stays below the 64 rows from which Triton
+may prefer an instruction of another internal precision (wgmma).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from autoregressive.engine.kernels.launch import dependent_launch, prefetch, wait_for_inputs
+
 MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MULTIPROCESSORS = 132  # of an H100 or H200
-_SHARED_BYTES = 200 * 1024  # of the 227 KiB a program may hold; the rest is for reductions and changes of layout
-_BYTES_IN_FLIGHT = 64 * 1024  # weights a multiprocessor waits for: 4.8 TB/s * 1 us / 132 is 36 KB, and some slack
-_STATISTICS_COLUMNS = tl.constexpr(256)  # a warp reads 256 columns of a row: the sum has one order for any M
+_SHARED_BYTES = 220 * 1024  # of the 227 KiB a program may hold
+_PART = tl.constexpr(16)  # outputs whose squares are summed together
+
+
+class Stream(NamedTuple):
+    """The residual stream before a norm: `h` (M, D), `scaled` (M, D) = h * the norm's weight, both of one dtype, and
+    `squares` float32 (M, ceil(D / 16)), the sums of h^2 over 16 neighbours."""
+
+    h: Tensor
+    scaled: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of `linear` and `swiglu`; the sizes are powers of two.
+    """Launch parameters of the products; the sizes are powers of two.
 
     A program computes `block_n` outputs (16 or 32). A step of its loop reads `block_k` inputs, divided among `k_splits`
     groups of its `num_warps` warps (at least 16 inputs each); `num_stages` - 1 steps are in flight. `prefetch` asks for
-    the weights in the L2 cache before the row statistics are computed. `pdl` launches the kernel while the one before
-    it still runs (programmatic dependent launch, compute capability 9.0 and later): the prefetch then overlaps with it.
+    the weights in the L2 cache before the kernel waits for the one before it to end.
     """
 
     block_n: int
     block_k: int
-    num_warps: int
-    num_stages: int
-    k_splits: int
-    prefetch: bool = True
-    pdl: bool = False
+    num_warps: int = 8
+    num_stages: int = 3
+    k_splits: int = 8
+    prefetch: bool = False
 
 
 def default_config(m: int, n: int, k: int, element_size: int, matrices: int = 1) -> Config:
     """The launch parameters for (m, k) activations of `element_size` bytes and `matrices` weights (n, k).
 
     `block_k` depends on the element size alone and `k_splits` is fixed: a row has the same bits for any `m`. A program
-    has 16 outputs, which makes the most programs. It has 32, which halves the reads of activations, where every
-    multiprocessor still has two of them, or where more than 16 rows make those reads outweigh the weights.
+    has 32 outputs where every multiprocessor then still has work, else 16.
     """
-    rows = _tile_rows(m)
-    block_k = 128 if element_size == 4 else 256  # the float32 operands of a step are all in registers
-    enough = 2 * _MULTIPROCESSORS if rows <= 16 else _MULTIPROCESSORS // 2
-    block_n = 32 if element_size == 2 and n >= 32 * enough else 16
-    weight_bytes = matrices * block_n * block_k * element_size
-    row_bytes = rows * block_k * element_size
-    neighbours = min(4, MAX_ROWS // rows, triton.cdiv(triton.cdiv(n, block_n), _MULTIPROCESSORS))  # registers allow
-    wanted = max(2, triton.cdiv(_BYTES_IN_FLIGHT, neighbours * weight_bytes))
-    fitting = (_SHARED_BYTES - row_bytes) // (weight_bytes + row_bytes)
-    in_flight = max(1, min(wanted, fitting, triton.cdiv(k, block_k)))
-    return Config(block_n, block_k, num_warps=8, num_stages=in_flight + 1, k_splits=8)
+    block_k = 128 if element_size == 4 else 512  # the float32 operands of a step are all in registers
+    block_n = 32 if element_size == 2 and n >= 32 * (_MULTIPROCESSORS * 3 // 4) else 16
+    if _shared_bytes(m, block_n, block_k, 3, matrices, element_size) > _SHARED_BYTES:
+        block_n = 16
+    return Config(block_n, block_k)
 
 
 def candidate_configs(m: int, n: int, k: int, matrices: int = 1) -> list[Config]:
@@ -75,78 +81,111 @@ def candidate_configs(m: int, n: int, k: int, matrices: int = 1) -> list[Config]
     """
     default = default_config(m, n, k, 2, matrices)
     others = [
-        replace(default, prefetch=False),
+        replace(default, prefetch=not default.prefetch),
         replace(default, block_n=48 - default.block_n),  # 16 for 32, 32 for 16
-        replace(default, num_stages=max(2, default.num_stages - 2)),
+        replace(default, block_k=256, num_stages=4),
+        replace(default, block_k=256, num_stages=5, num_warps=4, k_splits=4),
         replace(default, num_warps=4, k_splits=4),
-        Config(16, 512, 8, 3, 8),
-        Config(32, 512, 8, 3, 8),
-        Config(16, 128, 1, 5, 1),
+        replace(default, block_k=1024, num_stages=2),
     ]
-    rows = _tile_rows(m)
 
     def fits(c: Config) -> bool:
-        """Shared memory holds it, and registers the share of few warps in many rows."""
-        shared_bytes = 2 * c.block_k * ((rows + matrices * c.block_n) * (c.num_stages - 1) + rows)
-        return shared_bytes <= _SHARED_BYTES and (c.num_warps == 8 or rows <= 16)
+        return _shared_bytes(m, c.block_n, c.block_k, c.num_stages, matrices, 2) <= _SHARED_BYTES
 
     return [default, *(c for c in others if c != default and fits(c))]
 
 
+def _shared_bytes(m: int, block_n: int, block_k: int, num_stages: int, matrices: int, element_size: int) -> int:
+    """Shared memory of the operands on their way."""
+    return element_size * block_k * (_tile_rows(m) + matrices * block_n) * (num_stages - 1)
+
+
+def embed(tokens: Tensor, table: Tensor, norm_weight: Tensor, copies: int = 1) -> Stream:
+    """Rows `tokens` int64 (B,) of `table` (V, D), `copies` times one after the other: a stream of copies * B rows."""
+    images, dim = len(tokens), table.shape[1]
+    _check_tensor("tokens", tokens, (images,), (torch.int64,))
+    _check_tensor("norm_weight", norm_weight, (dim,), (table.dtype,))
+    out = _empty_stream(copies * images, dim, table)
+    pdl = dependent_launch(table.device)
+    _embed_kernel[(copies * images,)](
+        tokens, table, norm_weight, *out, images, dim, BLOCK=triton.next_power_of_2(dim), PDL=pdl, launch_pdl=pdl
+    )  # fmt: skip
+    return out
+
+
 def linear(
+    x: Tensor | Stream, weight: Tensor, *, eps: float = 1e-5, scale: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """x @ weight.T * scale, or rms_norm(x) @ weight.T * scale of a stream: (M, N).
+
+    `x` is (M, K), bfloat16, float16 or float32, M at most 64 and K a multiple of 8. `weight` (N, K) has its dtype, or
+    is int8 with a `scale` (N,) of that dtype or float32. `eps` is the norm's. All tensors are contiguous. ValueError
+    for any other.
+    """
+    return _multiply(x, weight, eps, scale, config)[0]
+
+
+def add_linear(
     x: Tensor,
     weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
     *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
     scale: Tensor | None = None,
-    out: Tensor | None = None,
     config: Config | None = None,
-) -> Tensor:
-    """rms_norm(x) @ weight.T * scale + residual, of shape (M, N); each of the norm, scale and residual is optional.
+) -> Stream:
+    """The stream residual + x @ weight.T * scale, ready for the norm of `norm_weight` (N,).
 
-    `x` (M, K) is bfloat16, float16 or float32, M at most 64 and K a multiple of 8; `norm_weight` (K,) and `residual`
-    (M, N) have its dtype. `weight` (N, K) has it too, or is int8 with a `scale` (N,) of that dtype or float32. `out`
-    (M, N) may be `residual` itself, but must not overlap `x`. All tensors are contiguous. ValueError for any other.
+    `residual` (M, N) and `norm_weight` have the dtype of `x`; the rest is as for `linear`.
     """
-    m, n, k = _check_operands(x, [weight], [scale], norm_weight)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
-    for name, tensor in (("residual", residual), ("out", out)):
-        _check_tensor(name, tensor, (m, n), (x.dtype,))
+    return Stream(*_multiply(x, weight, 0.0, scale, config, residual, norm_weight))
+
+
+def _multiply(
+    x: Tensor | Stream,
+    weight: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    config: Config | None,
+    residual: Tensor | None = None,
+    next_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What both products have in common: the result, and with `residual` the other parts of a stream."""
+    x, squares = (x.scaled, x.squares) if isinstance(x, Stream) else (x, None)
+    m, n, k = _check_operands(x, squares, [weight], [scale])
+    adds = residual is not None
+    _check_tensor("residual", residual, (m, n), (x.dtype,))
+    _check_tensor("norm_weight", next_norm, (n,), (x.dtype,))
+    out = _empty_stream(m, n, x) if adds else (torch.empty(m, n, dtype=x.dtype, device=x.device), None, None)
     config = config or default_config(m, n, k, x.element_size())
     _linear_kernel[(triton.cdiv(n, config.block_n),)](
-        x, weight, norm_weight, residual, scale, out, m, n, k, eps,
-        NORM=norm_weight is not None, RESIDUAL=residual is not None, SCALE=scale is not None,
-        **_launch_options(config, x, k),
+        x, weight, squares, residual, next_norm, scale, *out, m, n, k, eps,
+        NORM=squares is not None, ADD=adds, SCALE=scale is not None, **_launch_options(config, x, k),
     )  # fmt: skip
     return out
 
 
 def swiglu(
-    x: Tensor,
+    x: Stream,
     w1: Tensor,
     w3: Tensor,
     *,
-    norm_weight: Tensor,
     eps: float = 1e-5,
     scale1: Tensor | None = None,
     scale3: Tensor | None = None,
-    out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """silu(y @ w1.T * scale1) * (y @ w3.T * scale3) with y = rms_norm(x), of shape (M, H).
 
     `w1` and `w3` (H, K) have one dtype; `scale1` and `scale3` (H,) come together or not at all. The rest is as for
-    `linear`; `out` (M, H) must not overlap `x`.
+    `linear`.
     """
-    m, n, k = _check_operands(x, [w1, w3], [scale1, scale3], norm_weight)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
-    _check_tensor("out", out, (m, n), (x.dtype,))
-    config = config or default_config(m, n, k, x.element_size(), matrices=2)
+    m, n, k = _check_operands(x.scaled, x.squares, [w1, w3], [scale1, scale3])
+    out = torch.empty(m, n, dtype=x.h.dtype, device=x.h.device)
+    config = config or default_config(m, n, k, out.element_size(), matrices=2)
     _swiglu_kernel[(triton.cdiv(n, config.block_n),)](
-        x, w1, w3, norm_weight, scale1, scale3, out, m, n, k, eps,
-        SCALE=scale1 is not None, **_launch_options(config, x, k),
+        x.scaled, w1, w3, x.squares, scale1, scale3, out, m, n, k, eps,
+        SCALE=scale1 is not None, **_launch_options(config, out, k),
     )  # fmt: skip
     return out
 
@@ -186,7 +225,7 @@ def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtyp
 
 
 def _check_operands(
-    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], norm_weight: Tensor | None
+    x: Tensor, squares: Tensor | None, weights: list[Tensor], scales: list[Tensor | None]
 ) -> tuple[int, int, int]:
     """M, N and K of `x` (M, K) and `weights` (N, K); ValueError for what the kernels cannot take."""
     if x.dim() != 2 or weights[0].dim() != 2:
@@ -195,7 +234,7 @@ def _check_operands(
     if not 1 <= m <= MAX_ROWS or k % 8 or not k or not n:
         raise ValueError(f"x {tuple(x.shape)} has 1 to {MAX_ROWS} rows and a multiple of 8 columns")
     _check_tensor("x", x, (m, k), _DTYPES)
-    _check_tensor("norm_weight", norm_weight, (k,), (x.dtype,))
+    _check_tensor("squares", squares, (m, triton.cdiv(k, _PART.value)), (torch.float32,))
     quantized = weights[0].dtype == torch.int8
     for weight, scale in zip(weights, scales):
         _check_tensor("weight", weight, (n, k), (torch.int8 if quantized else x.dtype,))
@@ -205,19 +244,27 @@ def _check_operands(
     return m, n, k
 
 
+def _empty_stream(m: int, n: int, like: Tensor) -> Stream:
+    h, scaled = (torch.empty(m, n, dtype=like.dtype, device=like.device) for _ in range(2))
+    parts = triton.cdiv(n, _PART.value)
+    return Stream(h, scaled, torch.empty(m, parts, dtype=torch.float32, device=like.device))
+
+
 def _launch_options(config: Config, x: Tensor, k: int) -> dict[str, int | bool]:
-    """What both kernels take from `config`. Only a GPU has a cache to prefetch to, and launches that may overlap."""
+    """What both kernels take from `config`. Only a GPU has a cache to prefetch to."""
+    pdl = dependent_launch(x.device)
     return {
         "EVEN": k % config.block_k == 0,
         "PREFETCH": config.prefetch and x.is_cuda,
-        "PDL": config.pdl and x.is_cuda,
+        "PDL": pdl,
         "ROWS": _tile_rows(x.shape[0]),
+        "PARTS": triton.next_power_of_2(triton.cdiv(k, _PART.value)),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLITS": config.k_splits,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "launch_pdl": config.pdl,
+        "launch_pdl": pdl,
     }
 
 
@@ -233,14 +280,7 @@ def _prefetch(weight, N, K, BLOCK_N: tl.constexpr):
     line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # weights in 128 bytes
     for start in range(0, K, 16 * line):
         columns = tl.minimum(start + tl.arange(0, 16) * line, K - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [weight + outputs[:, None] * K + columns[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        prefetch(weight + outputs[:, None] * K + columns[None, :])
 
 
 @triton.jit
@@ -251,39 +291,21 @@ def _split_inputs(BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rms(x, rows, M, K, eps, ROWS: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of each row, float32 (ROWS,)."""
-    squares = tl.zeros((ROWS, 32), tl.float32)
-    columns = tl.arange(0, _STATISTICS_COLUMNS)
-    for start in tl.range(0, K, _STATISTICS_COLUMNS, loop_unroll_factor=64 // ROWS):
-        mask = (rows[:, None] < M) & (start + columns < K)[None, :]
-        wide = tl.load(x + rows[:, None] * K + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(tl.reshape(wide * wide, (ROWS, 32, _STATISTICS_COLUMNS // 32)), 2)
-    return tl.rsqrt(tl.sum(squares, 1) / K + eps)
+def _load_squares(squares, rows, M, K, PARTS: tl.constexpr):
+    """The parts of the sums of squares, float32 (ROWS, PARTS): along a row they lie in one warp for any M."""
+    count = tl.cdiv(K, _PART)
+    parts = tl.arange(0, PARTS)
+    mask = (rows[:, None] < M) & (parts[None, :] < count)
+    return tl.load(squares + rows[:, None] * count + parts[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _wait_for_inputs():
-    """Wait for the kernel before this one, then let the one after it be launched."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _load_rows(x, norm_weight, inverse_rms, rows, k, M, K, NORM: tl.constexpr, EVEN: tl.constexpr):
-    """The activations (splits, ROWS, inputs of a split) at the inputs `k` (splits, inputs), normalised and rounded."""
+def _load_rows(x, rows, k, M, K, EVEN: tl.constexpr):
+    """The activations (splits, ROWS, inputs of a split) at the inputs `k` (splits, inputs)."""
     mask = (rows < M)[None, :, None]
     if not EVEN:
         mask = mask & (k < K)[:, None, :]
-    tile = tl.load(x + rows[None, :, None] * K + k[:, None, :], mask=mask, other=0.0)
-    if NORM:
-        if EVEN:
-            weight = tl.load(norm_weight + k)
-        else:
-            weight = tl.load(norm_weight + k, mask=k < K, other=0.0)
-        normed = (tile.to(tl.float32) * inverse_rms[None, :, None]).to(tile.dtype)
-        tile = (normed.to(tl.float32) * weight[:, None, :].to(tl.float32)).to(tile.dtype)
-    return tile
+    return tl.load(x + rows[None, :, None] * K + k[:, None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -297,8 +319,8 @@ def _load_weights(weight, outputs, k, N, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _add_splits(sums):
-    """The sum over the first axis, of length 1 to 16, by halves: tl.sum would take its order from ROWS in float32."""
+def _add_first(sums):
+    """The sum over the first axis, of length 1 to 16, by halves: tl.sum would take its order from the other lengths."""
     for _ in tl.static_range(4):
         if sums.shape[0] > 1:
             halves = tl.reshape(sums, (2, sums.shape[0] // 2, sums.shape[1], sums.shape[2]))
@@ -308,9 +330,12 @@ def _add_splits(sums):
 
 
 @triton.jit
-def _product(sums, factor, SCALE: tl.constexpr, dtype: tl.constexpr):
+def _product(sums, row_factor, factor, NORM: tl.constexpr, SCALE: tl.constexpr, dtype: tl.constexpr):
     """Sums of the splits to products (outputs, ROWS) in float32, holding values rounded to `dtype` as F.linear's."""
-    product = _add_splits(sums).to(dtype).to(tl.float32)
+    product = _add_first(sums)
+    if NORM:
+        product = product * row_factor[None, :]
+    product = product.to(dtype).to(tl.float32)
     if SCALE:
         product = (product * factor[:, None]).to(dtype).to(tl.float32)
     return product
@@ -333,67 +358,104 @@ def _silu(gate, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x, weight, norm_weight, residual, scale, out, M, N, K, eps,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
+    x, weight, squares, residual, next_norm, scale, out, scaled, next_squares, M, N, K, eps,
+    NORM: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     dtype = x.dtype.element_ty
     rows, outputs = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = _split_inputs(BLOCK_K, SPLITS)
+    factor = _load_scale(scale, outputs, N, SCALE)
     if PREFETCH:
         _prefetch(weight, N, K, BLOCK_N)
     if PDL:
-        _wait_for_inputs()
-    inverse_rms = rows
-    if NORM:
-        inverse_rms = _inverse_rms(x, rows, M, K, eps, ROWS)
-    factor = _load_scale(scale, outputs, N, SCALE)
+        wait_for_inputs()
     mask = (outputs < N)[:, None] & (rows < M)[None, :]
     place = rows[None, :] * N + outputs[:, None]
-    if RESIDUAL:  # loaded before the products, which hide its latency
+    # what the end needs is loaded before the products, which hide its latency
+    if NORM:
+        parts = _load_squares(squares, rows, M, K, PARTS)
+    if ADD:
         addend = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        norm_weight = tl.load(next_norm + outputs, mask=outputs < N, other=0.0).to(tl.float32)
     sums = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + within
-        tile = _load_rows(x, norm_weight, inverse_rms, rows, k, M, K, NORM, EVEN).permute(0, 2, 1)
+        tile = _load_rows(x, rows, k, M, K, EVEN).permute(0, 2, 1)
         weights = _load_weights(weight, outputs, k, N, K, EVEN).to(dtype)
         sums = tl.dot(weights, tile, sums, input_precision="ieee")
-    product = _product(sums, factor, SCALE, dtype)
-    if RESIDUAL:
-        product += addend
+    row_factor = rows.to(tl.float32)
+    if NORM:
+        row_factor = tl.rsqrt(tl.sum(parts, 1) / K + eps)
+    product = _product(sums, row_factor, factor, NORM, SCALE, dtype)
+    if ADD:
+        product = (product + addend).to(dtype).to(tl.float32)
+        tl.store(scaled + place, (product * norm_weight[:, None]).to(dtype), mask=mask)
+        _store_squares(next_squares, product, rows, M, N, BLOCK_N)
     tl.store(out + place, product.to(dtype), mask=mask)
+
+
+@triton.jit
+def _store_squares(squares, h, rows, M, N, BLOCK_N: tl.constexpr):
+    """The sums of the squares of `h` (BLOCK_N, ROWS), which is 0 beyond N, over each `_PART` of its first axis."""
+    squared = tl.reshape(h * h, (BLOCK_N // _PART, _PART, h.shape[1]))
+    sums = _add_first(tl.permute(squared, (1, 0, 2)))
+    parts = tl.program_id(0) * (BLOCK_N // _PART) + tl.arange(0, BLOCK_N // _PART)
+    count = tl.cdiv(N, _PART)
+    mask = (parts < count)[:, None] & (rows < M)[None, :]
+    tl.store(squares + rows[None, :] * count + parts[:, None], sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_kernel(
-    x, w1, w3, norm_weight, scale1, scale3, out, M, N, K, eps,
+    x, w1, w3, squares, scale1, scale3, out, M, N, K, eps,
     SCALE: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     dtype = x.dtype.element_ty
     rows, outputs = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = _split_inputs(BLOCK_K, SPLITS)
+    factor1 = _load_scale(scale1, outputs, N, SCALE)
+    factor3 = _load_scale(scale3, outputs, N, SCALE)
     if PREFETCH:
         _prefetch(w1, N, K, BLOCK_N)
         _prefetch(w3, N, K, BLOCK_N)
     if PDL:
-        _wait_for_inputs()
-    inverse_rms = _inverse_rms(x, rows, M, K, eps, ROWS)
-    factor1 = _load_scale(scale1, outputs, N, SCALE)
-    factor3 = _load_scale(scale3, outputs, N, SCALE)
+        wait_for_inputs()
+    parts = _load_squares(squares, rows, M, K, PARTS)
     gates = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     ups = tl.zeros((SPLITS, BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + within
-        tile = _load_rows(x, norm_weight, inverse_rms, rows, k, M, K, True, EVEN).permute(0, 2, 1)
+        tile = _load_rows(x, rows, k, M, K, EVEN).permute(0, 2, 1)
         gates = tl.dot(_load_weights(w1, outputs, k, N, K, EVEN).to(dtype), tile, gates, input_precision="ieee")
         ups = tl.dot(_load_weights(w3, outputs, k, N, K, EVEN).to(dtype), tile, ups, input_precision="ieee")
-    gate = _silu(_product(gates, factor1, SCALE, dtype), dtype)
-    up = _product(ups, factor3, SCALE, dtype)
+    row_factor = tl.rsqrt(tl.sum(parts, 1) / K + eps)
+    gate = _silu(_product(gates, row_factor, factor1, True, SCALE, dtype), dtype)
+    up = _product(ups, row_factor, factor3, True, SCALE, dtype)
     mask = (outputs < N)[:, None] & (rows < M)[None, :]
     tl.store(out + rows[None, :] * N + outputs[:, None], (gate * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def _embed_kernel(
+    tokens, table, norm_weight, out, scaled, squares, images, K, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0)
+    if PDL:
+        wait_for_inputs()
+    columns = tl.arange(0, BLOCK)
+    token = tl.load(tokens + row % images)
+    h = tl.load(table + token * K + columns, mask=columns < K, other=0.0)
+    weight = tl.load(norm_weight + columns, mask=columns < K, other=0.0).to(tl.float32)
+    wide = h.to(tl.float32)
+    tl.store(out + row * K + columns, h, mask=columns < K)
+    tl.store(scaled + row * K + columns, (wide * weight).to(h.dtype), mask=columns < K)
+    sums = tl.sum(tl.reshape(wide * wide, (BLOCK // _PART, _PART)), 1)
+    parts, count = tl.arange(0, BLOCK // _PART), tl.cdiv(K, _PART)
+    tl.store(squares + row * count + parts, sums, mask=parts < count)
 
 
 @triton.jit

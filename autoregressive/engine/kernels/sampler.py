@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autoregressive.engine.kernels.launch import dependent_launch, wait_for_inputs
+
 _LOGIT_TYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -114,11 +116,17 @@ def _sample_kernel(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
     token_ids = tl.arange(0, BLOCK)
     real = token_ids < V
     index = tl.load(index_ptr)
+    if not GREEDY:  # the noise needs nothing of the kernels before
+        words = philox_words(tl.load(seeds_ptr + image), tl.load(noise_from_ptr) + index, BLOCK)
+        noise = exponential(words)
+    if PDL:
+        wait_for_inputs()
     x = tl.load(logits_ptr + image * logits_stride + token_ids, mask=real, other=-float("inf")).to(tl.float32)
     if WITH_UNCOND:
         uncond_row = image + tl.num_programs(0)
@@ -141,8 +149,7 @@ def _sample_kernel(
             low = _threshold(x, weight, low, _key(best), top_p * tl.sum(weight, axis=0), -1.0)
             weight = tl.where(x > _value(low), weight, 0.0)
         weight = tl.where(x < best + log_min_p, 0.0, weight)
-        words = philox_words(tl.load(seeds_ptr + image), tl.load(noise_from_ptr) + index, BLOCK)
-        score = tl.where(real, weight / exponential(words), -1.0)  # also where all the noise is infinite
+        score = tl.where(real, weight / noise, -1.0)  # also where all the noise is infinite
     token = tl.argmax(score, axis=0, tie_break_left=True)
     token = tl.minimum(token, V - 1).to(tl.int64)  # rows of NaN, too, give a token that can be fed
     forced = tl.load(forced_ptr + image * forced_stride + index)
@@ -152,7 +159,9 @@ def _sample_kernel(
 
 
 @triton.jit
-def _advance_kernel(position_ptr, index_ptr):
+def _advance_kernel(position_ptr, index_ptr, PDL: tl.constexpr):
+    if PDL:
+        wait_for_inputs()
     tl.store(position_ptr, tl.load(position_ptr) + 1)
     tl.store(index_ptr, tl.load(index_ptr) + 1)
 
@@ -209,7 +218,7 @@ def sample_tokens(
         _check(name, scalar, torch.int64, (1,))
     if (top_k or 0) < 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError(f"top_k is 0 or more, top_p and min_p are 0 to 1, not {top_k}, {top_p}, {min_p}")
-    block = max(16, triton.next_power_of_2(vocabulary))
+    block, pdl = max(16, triton.next_power_of_2(vocabulary)), dependent_launch(logits.device)
     _sample_kernel[(images,)](
         logits,
         scales,
@@ -233,6 +242,8 @@ def sample_tokens(
         TOP_K=0 < (top_k or 0) < vocabulary,
         TOP_P=top_p < 1,
         GREEDY=greedy,
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=min(max(block // 1024, 4), 32 if block > 16384 else 16),
         enable_fp_fusion=False,  # the plain functions round each product
     )
@@ -242,4 +253,5 @@ def advance(position: Tensor, index: Tensor) -> None:
     """Add 1 to both, int64 (1,), in one launch. ValueError for other shapes or types."""
     _check("position", position, torch.int64, (1,))
     _check("index", index, torch.int64, (1,))
-    _advance_kernel[(1,)](position, index, num_warps=1)
+    pdl = dependent_launch(position.device)
+    _advance_kernel[(1,)](position, index, PDL=pdl, launch_pdl=pdl, num_warps=1)

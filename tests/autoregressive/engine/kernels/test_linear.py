@@ -7,14 +7,23 @@ on a GPU (`check_linear("cuda")`), with the shapes of published models.
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.engine.kernels.linear import candidate_configs, default_config, linear, rms_norm, silu_mul, swiglu
+from autoregressive.engine.kernels.linear import (
+    Stream,
+    add_linear,
+    candidate_configs,
+    default_config,
+    embed,
+    linear,
+    rms_norm,
+    silu_mul,
+    swiglu,
+)
 from autoregressive.engine.packing import quantize_rows
 from autoregressive.models.layers import RMSNorm
 from tests.autoregressive.engine.kernels.interpreted import run_interpreted
@@ -47,15 +56,27 @@ def _norm(weight: Tensor) -> RMSNorm:
     return module.requires_grad_(False)
 
 
-def _assert_close(got: Tensor, eager: Tensor, exact: Tensor, slack: float = 1.0) -> None:
-    """Within `slack` times the rounding of the float64 result; the modules' result but for the order of its sums."""
+def _assert_close(got: Tensor, eager: Tensor, exact: Tensor, slack: float = 1.0, same_roundings: bool = True) -> None:
+    """Within `slack` times the rounding of the float64 result; the modules' result but for the order of its sums.
+
+    Without `same_roundings` (a norm rounds before its scale here, after it in the module) it holds less tightly.
+    """
     assert got.dtype == eager.dtype
     assert got.shape == eager.shape
     dtype, got, eager = got.dtype, got.double(), eager.double()
     assert (got - exact).norm() < slack * EXACT[dtype] * exact.norm(), (dtype, got.shape)
-    assert (got - eager).norm() < slack * EAGER[dtype] * eager.norm(), (dtype, got.shape)
+    if dtype != torch.float32 and not same_roundings:
+        assert (got - eager).norm() < slack * 2 * EXACT[dtype] * eager.norm(), (dtype, got.shape)
+        return
+    few = 4.0 if got.numel() < 100 else 1.0  # one other rounding shows in the norm of few numbers
+    assert (got - eager).norm() < few * slack * EAGER[dtype] * eager.norm(), (dtype, got.shape)
     if dtype != torch.float32:  # a rounding left out or misplaced changes a quarter of all results
         assert (got == eager).double().mean() > 0.9, (dtype, got.shape)
+
+
+def _stream(x: Tensor, norm_weight: Tensor) -> Stream:
+    """The stream `x` before the norm of `norm_weight`."""
+    return embed(torch.arange(len(x), device=x.device), x, norm_weight)
 
 
 def _linear_reference(
@@ -68,15 +89,33 @@ def _linear_reference(
     return product if residual is None else residual + product
 
 
-def _check_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str, norm: bool, add: bool) -> None:
+def _check_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str, norm: bool) -> None:
     x = _normal((m, k), dtype, device, 0, 0.003 if norm else 1.0)  # so small that eps is half of the norm's root
     weight = _normal((n, k), dtype, device, 1, k**-0.5)
     norm_weight = 1 + _normal((k,), dtype, device, 2, 0.2) if norm else None
-    residual = _normal((m, n), dtype, device, 3) if add else None
-    got = linear(x, weight, norm_weight=norm_weight, eps=EPS, residual=residual)
-    operands = [x, weight, norm_weight, residual, None]
+    got = linear(_stream(x, norm_weight) if norm else x, weight, eps=EPS)
+    operands = [x, weight, norm_weight, None, None]
     wide = [None if t is None else t.double() for t in operands]
-    _assert_close(got, _linear_reference(*operands), _exact_linear(*wide))
+    _assert_close(got, _linear_reference(*operands), _exact_linear(*wide), same_roundings=not norm)
+
+
+def _check_add_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
+    """The new stream: the sum, the sum times the weight of the next norm, its squares in parts of 16."""
+    x, weight = _normal((m, k), dtype, device, 0), _normal((n, k), dtype, device, 1, k**-0.5)
+    residual, next_norm = _normal((m, n), dtype, device, 3), 1 + _normal((n,), dtype, device, 4, 0.2)
+    got = add_linear(x, weight, residual, next_norm)
+    operands = [x, weight, None, residual, None]
+    wide = [None if t is None else t.double() for t in operands]
+    _assert_close(got.h, _linear_reference(*operands), _exact_linear(*wide))
+    _check_stream(got, next_norm)
+
+
+def _check_stream(stream: Stream, norm_weight: Tensor) -> None:
+    """That the other parts of a stream belong to its `h`."""
+    torch.testing.assert_close(stream.scaled, stream.h * norm_weight, rtol=0, atol=0)
+    columns = stream.h.shape[1]
+    squares = F.pad(stream.h.double(), (0, -columns % 16)).square().unflatten(1, (-1, 16)).sum(dim=2)
+    torch.testing.assert_close(stream.squares, squares.float(), rtol=1e-6, atol=1e-12)
 
 
 def _exact_linear(
@@ -92,28 +131,40 @@ def _exact_linear(
 
 def check_linear(device: str = "cpu") -> None:
     for (m, n, k), dtype in itertools.product(_cases(device), _dtypes(device)):
-        _check_linear(m, n, k, dtype, device, norm=False, add=m % 2 == 0)
-        _check_linear(m, n, k, dtype, device, norm=True, add=m % 2 == 1)
+        _check_linear(m, n, k, dtype, device, norm=False)
+        _check_linear(m, n, k, dtype, device, norm=True)
+
+
+def check_add_linear(device: str = "cpu") -> None:
+    for (m, n, k), dtype in itertools.product(_cases(device), _dtypes(device)):
+        _check_add_linear(m, n, k, dtype, device)
+
+
+def check_embed(device: str = "cpu") -> None:
+    """Rows of a table, for conditional and unconditional rows at once."""
+    for dtype, dim in itertools.product(_dtypes(device), (24, 1280)):
+        table, norm_weight = _normal((50, dim), dtype, device, 0), 1 + _normal((dim,), dtype, device, 1, 0.2)
+        tokens = torch.tensor([7, 0, 49], device=device)
+        stream = embed(tokens, table, norm_weight, copies=2)
+        assert torch.equal(stream.h, table[torch.cat([tokens, tokens])])
+        _check_stream(stream, norm_weight)
 
 
 def check_int8(device: str = "cpu") -> None:
     for (m, n, k), dtype in itertools.product(_cases(device), _dtypes(device)):
         x, norm_weight = _normal((m, k), dtype, device, 0), 1 + _normal((k,), dtype, device, 1, 0.2)
         weight, scale = quantize_rows(_normal((n, k), torch.float32, device, 2, k**-0.5))
-        residual = _normal((m, n), dtype, device, 3)
+        residual, next_norm = _normal((m, n), dtype, device, 3), 1 + _normal((n,), dtype, device, 4, 0.2)
         scale = scale if m == 16 else scale.to(dtype)
-        operands = [x, weight, norm_weight, residual, scale]
-        got = linear(x, weight, norm_weight=norm_weight, eps=EPS, residual=residual, scale=scale)
-        _assert_close(got, _linear_reference(*operands), _exact_linear(*[t.double() for t in operands]))
-
-
-def check_residual_in_place(device: str = "cpu") -> None:
-    for dtype in _dtypes(device):
-        x, weight = _normal((17, 264), dtype, device, 0), _normal((48, 264), dtype, device, 1, 0.1)
-        stream = _normal((17, 48), dtype, device, 2)
-        expected = linear(x, weight, residual=stream.clone())
-        assert linear(x, weight, residual=stream, out=stream) is stream
-        assert torch.equal(stream, expected)
+        operands = [x, weight, norm_weight, None, scale]
+        got = linear(_stream(x, norm_weight), weight, eps=EPS, scale=scale)
+        exact = _exact_linear(*[None if t is None else t.double() for t in operands])
+        _assert_close(got, _linear_reference(*operands), exact, same_roundings=False)
+        operands = [x, weight, None, residual, scale]
+        got = add_linear(x, weight, residual, next_norm, scale=scale)
+        exact = _exact_linear(*[None if t is None else t.double() for t in operands])
+        _assert_close(got.h, _linear_reference(*operands), exact)
+        _check_stream(got, next_norm)
 
 
 def check_swiglu(device: str = "cpu") -> None:
@@ -128,13 +179,13 @@ def check_swiglu(device: str = "cpu") -> None:
 def _check_swiglu(
     x: Tensor, norm_weight: Tensor, w1: Tensor, w3: Tensor, scale1: Tensor | None, scale3: Tensor | None
 ) -> None:
-    got = swiglu(x, w1, w3, norm_weight=norm_weight, eps=EPS, scale1=scale1, scale3=scale3)
+    got = swiglu(_stream(x, norm_weight), w1, w3, eps=EPS, scale1=scale1, scale3=scale3)
     gate = _linear_reference(x, w1, norm_weight, None, scale1)
     eager = F.silu(gate) * _linear_reference(x, w3, norm_weight, None, scale3)
     scales = [None if s is None else s.double() for s in (scale1, scale3)]
     exact_gate = _exact_linear(x.double(), w1.double(), norm_weight.double(), None, scales[0])
     exact_up = _exact_linear(x.double(), w3.double(), norm_weight.double(), None, scales[1])
-    _assert_close(got, eager, F.silu(exact_gate) * exact_up, slack=2.5)  # a product of two rounded products
+    _assert_close(got, eager, F.silu(exact_gate) * exact_up, slack=2.5, same_roundings=False)
 
 
 def check_rows_do_not_depend_on_their_number(device: str = "cpu") -> None:
@@ -144,15 +195,19 @@ def check_rows_do_not_depend_on_their_number(device: str = "cpu") -> None:
         weight, scale = _normal((n, k), dtype, device, 2, 0.1), None
         if quantized:
             weight, scale = quantize_rows(weight)
-        product = linear(x, weight, norm_weight=norm_weight, scale=scale)
-        gated = swiglu(x, weight, weight, norm_weight=norm_weight, scale1=scale, scale3=scale)
-        normed = rms_norm(x, norm_weight)
+        stream, normed = _stream(x, norm_weight), rms_norm(x, norm_weight)
+        product = linear(stream, weight, scale=scale)
+        gated = swiglu(stream, weight, weight, scale1=scale, scale3=scale)
+        added = add_linear(x, weight, product, weight[:, 0].to(dtype).contiguous(), scale=scale)
         for rows in (slice(0, 1), slice(5, 7), slice(3, 11), slice(9, 25), slice(0, 17), slice(31, 63)):
             some = x[rows].contiguous()
-            assert torch.equal(linear(some, weight, norm_weight=norm_weight, scale=scale), product[rows])
-            alone = swiglu(some, weight, weight, norm_weight=norm_weight, scale1=scale, scale3=scale)
-            assert torch.equal(alone, gated[rows])
+            alone = _stream(some, norm_weight)
+            assert torch.equal(linear(alone, weight, scale=scale), product[rows])
+            assert torch.equal(swiglu(alone, weight, weight, scale1=scale, scale3=scale), gated[rows])
             assert torch.equal(rms_norm(some, norm_weight), normed[rows])
+            fewer = product[rows].contiguous(), weight[:, 0].to(dtype).contiguous()
+            for part, whole in zip(add_linear(some, weight, *fewer, scale=scale), added):
+                assert torch.equal(part, whole[rows])
 
 
 def check_candidate_configs(device: str = "cpu") -> None:
@@ -163,8 +218,9 @@ def check_candidate_configs(device: str = "cpu") -> None:
         weight = _normal((n, k), dtype, device, 2, 0.1)
         eager = _linear_reference(x, weight, norm_weight, None, None)
         exact = _exact_linear(x.double(), weight.double(), norm_weight.double(), None, None)
-        for config in [*candidate_configs(m, n, k), replace(default_config(m, n, k, 2), pdl=True)]:
-            _assert_close(linear(x, weight, norm_weight=norm_weight, eps=EPS, config=config), eager, exact)
+        for config in candidate_configs(m, n, k):
+            got = linear(_stream(x, norm_weight), weight, eps=EPS, config=config)
+            _assert_close(got, eager, exact, same_roundings=False)
 
 
 def check_elementwise(device: str = "cpu") -> None:
@@ -189,8 +245,8 @@ def _check_silu_mul(device: str) -> None:
         gate, up = (_normal((33, 100), dtype, device, seed, 4.0) for seed in (0, 1))
         expected = F.silu(gate) * up
         got = silu_mul(gate, up)
-        torch.testing.assert_close(got, expected)
-        if dtype != torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1.6e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-5)
+        if dtype != torch.float32:  # the exponential's last bit shows in few roundings
             assert (got == expected).double().mean() > 0.99
         assert torch.equal(silu_mul(gate, up, out=up), got)
 
@@ -200,7 +256,7 @@ def _check_extreme_values(device: str) -> None:
     gate = torch.tensor([-200.0, -1e4, 1e4], device=device)
     assert silu_mul(gate, torch.ones_like(gate)).tolist() == [0.0, 0.0, 1e4]
     zeros, ones = torch.zeros(2, 16, device=device), torch.ones(16, device=device)
-    assert not linear(zeros, torch.ones(16, 16, device=device), norm_weight=ones).any()
+    assert not linear(_stream(zeros, ones), torch.ones(16, 16, device=device)).any()
 
 
 def test_linear() -> None:
@@ -211,8 +267,12 @@ def test_int8() -> None:
     run_interpreted(__name__, "check_int8")
 
 
-def test_residual_in_place() -> None:
-    run_interpreted(__name__, "check_residual_in_place")
+def test_add_linear() -> None:
+    run_interpreted(__name__, "check_add_linear")
+
+
+def test_embed() -> None:
+    run_interpreted(__name__, "check_embed")
 
 
 def test_swiglu() -> None:
@@ -232,7 +292,8 @@ def test_elementwise() -> None:
 
 
 def test_unfit_operands() -> None:
-    x, weight, norm_weight = torch.zeros(2, 16), torch.zeros(4, 16), torch.zeros(16)
+    x, weight, residual = torch.zeros(2, 16), torch.zeros(4, 16), torch.zeros(2, 4)
+    stream = Stream(x, x, torch.zeros(2, 1))
     quantized, scale = weight.to(torch.int8), torch.ones(4)
     unfit = {
         "1 to 64 rows": lambda: linear(torch.zeros(65, 16), weight),
@@ -243,13 +304,14 @@ def test_unfit_operands() -> None:
         "int8 weights need a scale": lambda: linear(x, quantized),
         "other weights take none": lambda: linear(x, weight, scale=scale),
         "scale is": lambda: linear(x, quantized, scale=torch.ones(5)),
-        "norm_weight is": lambda: linear(x, weight, norm_weight=torch.zeros(4)),
-        "residual is": lambda: linear(x, weight, residual=torch.zeros(4)),
-        "out is": lambda: linear(x, weight, out=torch.zeros(2, 4).half()),
+        "squares is": lambda: linear(Stream(x, x, torch.zeros(2, 2)), weight),
+        "residual is": lambda: add_linear(x, weight, torch.zeros(4), torch.zeros(4)),
+        "norm_weight is": lambda: add_linear(x, weight, residual, torch.zeros(5)),
+        "tokens is": lambda: embed(torch.zeros(2), weight, torch.zeros(16)),
         "x is not contiguous": lambda: linear(torch.zeros(16, 2).T, weight),
         "x is torch.float64": lambda: linear(x.double(), weight.double()),
-        "weight is torch.float32 \\(3": lambda: swiglu(x, weight, weight[:3], norm_weight=norm_weight),
-        "weight is torch.int8": lambda: swiglu(x, weight, quantized, norm_weight=norm_weight),
+        "weight is torch.float32 \\(3": lambda: swiglu(stream, weight, weight[:3]),
+        "weight is torch.int8": lambda: swiglu(stream, weight, quantized),
         "weight is torch.float32 \\(4,": lambda: rms_norm(x, torch.zeros(4)),
         "up is": lambda: silu_mul(x, weight),
     }
