@@ -122,9 +122,6 @@ def _sample_kernel(
     token_ids = tl.arange(0, BLOCK)
     real = token_ids < V
     index = tl.load(index_ptr)
-    if not GREEDY:  # the noise needs nothing of the kernels before
-        words = philox_words(tl.load(seeds_ptr + image), tl.load(noise_from_ptr) + index, BLOCK)
-        noise = exponential(words)
     if PDL:
         wait_for_inputs()
     x = tl.load(logits_ptr + image * logits_stride + token_ids, mask=real, other=-float("inf")).to(tl.float32)
@@ -149,7 +146,8 @@ def _sample_kernel(
             low = _threshold(x, weight, low, _key(best), top_p * tl.sum(weight, axis=0), -1.0)
             weight = tl.where(x > _value(low), weight, 0.0)
         weight = tl.where(x < best + log_min_p, 0.0, weight)
-        score = tl.where(real, weight / noise, -1.0)  # also where all the noise is infinite
+        words = philox_words(tl.load(seeds_ptr + image), tl.load(noise_from_ptr) + index, BLOCK)
+        score = tl.where(real, weight / exponential(words), -1.0)  # also where all the noise is infinite
     token = tl.argmax(score, axis=0, tie_break_left=True)
     token = tl.minimum(token, V - 1).to(tl.int64)  # rows of NaN, too, give a token that can be fed
     forced = tl.load(forced_ptr + image * forced_stride + index)
