@@ -44,6 +44,16 @@ def add_vq_args(parser: argparse.ArgumentParser, ckpt_required: bool = False) ->
     )
 
 
+def add_decode_precision_arg(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """In what format images are decoded."""
+    parser.add_argument(
+        "--decode-precision",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="format of the decoder's weights and feature maps; none is float32. Images are always encoded in float32",
+    )
+
+
 def build_tokenizer(args: argparse.Namespace, **fields: Any) -> VQModel:
     """A new tokenizer; `fields` are further `ModelArgs` fields. `args` may lack flags that came with time.
 

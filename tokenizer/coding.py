@@ -147,6 +147,12 @@ class ImageDecoder:
         shape = (self.channels, *(grid or (edge, edge)))
         return self.parts.apply(lambda part: self._images(part, shape), codes)
 
+    def warm_up(self, codes_per_image: int) -> None:
+        """Compile, for images of so many codes on a square grid, every size that a batch is filled up to."""
+        sizes = {self._filled(count) for count in range(1, self.parts.batch_size + 1)} if self.compiled else ()
+        for size in sorted(sizes):
+            self(torch.zeros(size, codes_per_image, dtype=torch.int32, device=self.decode[0].weight.device))
+
     def _images(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
         count = len(codes)
         if self.compiled:

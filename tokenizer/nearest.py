@@ -6,7 +6,7 @@ code, and TF32 moves codes too, so one image would have different codes on diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,29 +20,56 @@ _CACHED_SCORES = 2**20
 _BLOCK = 128  # codes in a block of the search
 
 
+_EXACT = ("none", "ieee")  # what `fp32_precision` says of products in full float32
+
+
 @contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """Autocast and TF32 off inside, and both as before afterwards."""
-    matmul = torch.backends.cuda.matmul
-    try:
-        reduced = matmul.allow_tf32
-        read, write, exact = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
-    except RuntimeError:  # PyTorch's answer when the caller chose the precision through `fp32_precision`
-        reduced = matmul.fp32_precision != "ieee"
-        read, write, exact = lambda: matmul.fp32_precision, _set_cuda_precision, "ieee"
-    before = read()
-    if reduced:
-        write(exact)
+    """Autocast off and matrix products in full float32 inside, on GPUs and CPUs alike, and both as before afterwards.
+
+    It does not matter by which of PyTorch's switches the precision was chosen before.
+    """
+    restore = _exact_products()
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if reduced:
-            write(before)
+        restore()
 
 
-def _set_cuda_precision(precision: str) -> None:
-    torch.backends.cuda.matmul.fp32_precision = precision
+def _exact_products() -> Callable[[], None]:
+    """Leave reduced precision out of matrix products; returns what sets the switches back.
+
+    PyTorch has an older switch, for GPU and CPU at once, and a newer one for each. Reading the older one raises
+    RuntimeError where they contradict each other, and compiled code reads it, so in between all are of one mind.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    if all(precision in _EXACT for precision in before):
+        return lambda: None
+    older = _older_switch()
+    torch.set_float32_matmul_precision("highest")
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = "none"  # it may have followed the switch of all backends, torch.backends'
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+    return restore
+
+
+def _older_switch() -> str:
+    """The value of the older switch as far as it can be known: the newer ones may contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        pass
+    try:
+        return "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
+    except RuntimeError:
+        return "highest"
 
 
 @contextmanager

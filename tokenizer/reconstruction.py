@@ -83,16 +83,6 @@ def add_reconstruction_args(parser: argparse.ArgumentParser, *, npz_order: str, 
     add_seed_arg(parser)
 
 
-def add_decode_precision_arg(parser: argparse.ArgumentParser) -> None:
-    """In what format images are decoded."""
-    parser.add_argument(
-        "--decode-precision",
-        choices=["none", "bf16", "fp16"],
-        default="none",
-        help="format of the decoder's weights and feature maps; none is float32. Images are always encoded in float32",
-    )
-
-
 def reconstruct_data_set(args: argparse.Namespace, load: Load) -> Path:
     """Write every reconstruction, the npz and the measures; started again, it continues. Returns the PNGs' folder.
 

@@ -25,10 +25,10 @@ from autoregressive.sample import masks
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.editing import edit_codes, last_drawn, paste_outside, with_rest
 from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
-from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sampling_options
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, make_decoder, sampling_options
 from dataset.augmentation import eval_transform
 from dataset.images import read_rgb
-from tokenizer.coding import decode_codes, encode_images
+from tokenizer.coding import encode_images
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run
@@ -101,13 +101,14 @@ def main(args: argparse.Namespace) -> None:
     original = eval_transform(args.image_size)(read_rgb(args.input))[None]
     with process_group(args.device) as device:
         gpt, tokenizer = load_models(args, device)
+        decoder = make_decoder(args, tokenizer)
         codes, free = masks.shift(encode_images(tokenizer, original.to(device)), *args.shift)
         original = original.roll((args.shift[0] * stride, args.shift[1] * stride), dims=(2, 3))
         mask = with_rest(mask | free) if args.redraw_rest else mask | free
         print(f"{int(mask.sum())} of {grid**2} cells are drawn anew")
 
         def decode(edited: Tensor) -> Tensor:
-            images = decode_codes(tokenizer, edited).cpu()
+            images = decoder(edited).cpu()
             return paste_outside(images, original, mask) if args.paste else images
 
         painter = Painter(
@@ -117,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
             decode,
             (last_drawn(mask) + 1) * args.candidates,
         )
-        edits, reconstruction = painter.paint(), decode_codes(tokenizer, codes).cpu()
+        edits, reconstruction = painter.paint(), decoder(codes).cpu()
     shown = torch.cat([original, _marked(original, mask, stride), reconstruction, edits])
     painter.save_grid(shown, DEFAULT_OUTPUT, {"cells": mask.nonzero().flatten().tolist()})
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from autoregressive.build import checkpoint_tag
 from autoregressive.models.generate import Model
-from autoregressive.sample.pipeline import load_models, sample_codes
+from autoregressive.sample.pipeline import load_models, make_decoder, sample_codes
 from dataset.packed import sha256_of
 from evaluations.render import Drawn, beside, render
-from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import apply_threads
 from utils.batches import is_out_of_memory
@@ -34,6 +33,7 @@ EXTRA_NAMES = {
     "temperature_end": "temperature-end",
     "temperature_schedule": "temperature-schedule",
     "precision": "precision",
+    "decode_precision": "decode",
     "quantize": "quantize",
     "use_ema": "ema",
     "balanced_labels": "balanced",
@@ -94,6 +94,8 @@ def folder_name(args: argparse.Namespace, defaults: Mapping[str, Any], subject: 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the pictures. The checkpoints are known by their content, as many have the same name."""
     decide = {name: value for name, value in vars(args).items() if name not in NOT_A_SETTING}
+    if decide["decode_precision"] == "none":  # as in sets that were begun before there was a choice
+        del decide["decode_precision"]
     if is_main():  # it alone compares them
         decide |= {f"{kind}_sha256": sha256_of(file_of(getattr(args, f"{kind}_ckpt"))) for kind in ("gpt", "vq")}
     return decide
@@ -115,7 +117,7 @@ class SetPainter:
     """
 
     def __init__(self, gpt: Model, tokenizer: VQModel, args: argparse.Namespace) -> None:
-        self.gpt, self.tokenizer, self.args = gpt, tokenizer, args
+        self.gpt, self.args, self.decode = gpt, args, make_decoder(args, tokenizer)
         self.device = gpt.tok_embeddings.weight.device
         self.rows = min(args.per_proc_batch_size, args.num_fid_samples) if self.device.type == "cuda" else 1
 
@@ -145,7 +147,7 @@ class SetPainter:
     def _images(self, indices: list[int]) -> Tensor:
         seeds = [self.seed(i) for i in indices]
         codes = sample_codes(self.gpt, args=self.args, seeds=seeds, **self.conditions(indices))
-        images = decode_codes(self.tokenizer, codes)
+        images = self.decode(codes)
         if eval_size(self.args) != self.args.image_size:
             images = resize_bicubic(images, eval_size(self.args))
         return images

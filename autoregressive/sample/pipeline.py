@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from autoregressive.models.generate import Model, generate
 from autoregressive.models.noise import ImageNoise
 from autoregressive.models.sampling import check_sampling, min_p_filtering
 from autoregressive.models.schedules import SCHEDULES, share
-from tokenizer.build import add_vq_args, load_tokenizer
+from tokenizer.build import add_decode_precision_arg, add_vq_args, load_tokenizer
+from tokenizer.coding import GPU_BATCH, ImageDecoder
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.args import add_runtime_args
-from utils.precision import DTYPES, allow_tf32
+from utils.precision import DTYPES, HALF_PRECISION, allow_tf32
 from utils.seeding import mix_seed
 
 OnToken = Callable[[int], None]
@@ -49,7 +51,7 @@ def add_model_args(
 
 
 def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, top_k: int = 2000) -> None:
-    """Guidance, filtering and precision of sampling."""
+    """Guidance, filtering and the number formats of sampling."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale; 1 and less is no guidance")
     group.add_argument("--cfg-interval", type=float, default=-1, help="last decode step that is guided; -1: all")
@@ -79,6 +81,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, cfg_scale: float = 4.0, t
     group.add_argument(
         "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="format of the GPT's weights"
     )
+    add_decode_precision_arg(group)
     add_engine_args(parser)
 
 
@@ -111,6 +114,18 @@ def load_models(args: argparse.Namespace, device: torch.device, gpt_type: str = 
     gpt = load_gpt(args, tokenizer.config.codebook_size, device, DTYPES[args.precision])
     require_null_class(gpt, args)
     return make_engine(gpt, engine_name(args), args.quantize), tokenizer
+
+
+def make_decoder(args: argparse.Namespace, tokenizer: VQModel, batch_size: int = GPU_BATCH) -> ImageDecoder:
+    """The decoder of --decode-precision, with the weights that `tokenizer` has now.
+
+    A GPU takes at most `batch_size` images at a time. There a half-precision decoder is compiled, where Triton is
+    installed, which takes its time at the first batch of a size; on a CPU none is.
+    """
+    half = args.decode_precision in HALF_PRECISION
+    on_gpu = tokenizer.post_quant_conv.weight.device.type == "cuda"
+    compiled = half and on_gpu and importlib.util.find_spec("triton") is not None
+    return ImageDecoder(tokenizer, args.decode_precision, compiled, batch_size)
 
 
 def engine_name(args: argparse.Namespace) -> str:

@@ -22,8 +22,7 @@ from torch import Tensor
 from autoregressive.models.generate import Model
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.painter import Painter, add_class_args, class_ids, class_subjects
-from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sample_codes
-from tokenizer.coding import decode_codes
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, make_decoder, sample_codes
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
             args,
             class_subjects(ids, names),
             lambda numbers, on_token: codes_of(numbers, gpt, ids, args, on_token),
-            lambda codes: decode_codes(tokenizer, codes),
+            make_decoder(args, tokenizer),
             gpt.block_size,
         )
         torch.manual_seed(args.seed)

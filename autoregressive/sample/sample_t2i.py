@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from autoregressive.sample.painter import Painter, Subject, add_picture_args
-from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, sample_codes
+from autoregressive.sample.pipeline import OnToken, add_model_args, load_models, make_decoder, sample_codes
 from autoregressive.sample.text import PROMPTS, TextConditions, add_text_args
 from dataset.prompts import read_prompts
-from tokenizer.coding import decode_codes
 from utils.args import add_seed_arg, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run
@@ -70,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             )
 
         subjects = [Subject(prompt, {"prompt": prompt}) for prompt in prompts]
-        painter = Painter(args, subjects, draw, lambda codes: decode_codes(tokenizer, codes), gpt.block_size)
+        painter = Painter(args, subjects, draw, make_decoder(args, tokenizer), gpt.block_size)
         torch.manual_seed(args.seed)
         started = time.perf_counter()
         images = painter.paint()

@@ -14,15 +14,15 @@ from torch import Tensor
 from autoregressive.models.engine import Engine
 from autoregressive.sample.editing import edit_codes, last_drawn
 from autoregressive.sample.masks import as_pixels
-from autoregressive.sample.pipeline import load_models, sample_codes, sampling_options
+from autoregressive.sample.pipeline import load_models, make_decoder, sample_codes, sampling_options
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.cards import Card
 from autoregressive.serve.requests import Edit, Sampling
-from tokenizer.coding import decode_codes, encode_images
+from tokenizer.coding import ImageDecoder, encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.image import to_float, to_uint8
 
-_WARM_BATCH = 8  # a GPU is prepared for batches of so many before the first request
+_WARM_BATCH = 8  # a GPU is prepared for batches of so many before the first request, and decodes so many at a time
 _SECONDS_BETWEEN_REPORTS = 0.05
 _PREVIEW_SHARE = 0.2  # of the time may go into previews
 _EMPTY = 0.85  # grey of cells that are not drawn yet, in [-1, 1]
@@ -54,6 +54,7 @@ class _Loaded:
     card: Card
     gpt: Engine
     tokenizer: VQModel
+    decode: ImageDecoder
     text: TextConditions | None
 
 
@@ -72,7 +73,9 @@ class Studio:
         text = TextConditions(card.args, self.device) if card.kind == "t2i" else None
         gpt, tokenizer = load_models(card.args, self.device, card.kind)
         gpt.warm_up(_WARM_BATCH, **sampling_options(card.args))
-        return _Loaded(card, gpt, tokenizer, text)
+        decoder = make_decoder(card.args, tokenizer, _WARM_BATCH)
+        decoder.warm_up(card.grid**2)
+        return _Loaded(card, gpt, tokenizer, decoder, text)
 
     def engine_name(self, model: str) -> str:
         """How its GPT is computed."""
@@ -82,7 +85,7 @@ class Studio:
         """The pictures of jobs with one key: uint8 (B, edge, edge, 3)."""
         loaded = self._loaded[jobs[0].model]
         out = torch.zeros(len(jobs), loaded.card.grid**2, dtype=torch.int32, device=self.device)
-        reporter = _Reporter(loaded.tokenizer, jobs, out, watch) if watch else None
+        reporter = _Reporter(loaded.decode, jobs, out, watch) if watch else None
         options = {**sampling_options(loaded.card.args), **vars(jobs[0].sampling), "on_token": reporter, "out": out}
         condition = self._condition(loaded, jobs)
         seeds = [job.seed for job in jobs]
@@ -90,7 +93,7 @@ class Studio:
             codes = sample_codes(loaded.gpt, args=loaded.card.args, seeds=seeds, **condition, **options)
         else:
             codes = self._edit(loaded, jobs, seeds, condition, options)
-        return to_uint8(decode_codes(loaded.tokenizer, codes)).cpu().numpy()
+        return to_uint8(loaded.decode(codes)).cpu().numpy()
 
     def _condition(self, loaded: _Loaded, jobs: Sequence[Job]) -> dict[str, Any]:
         """Keywords of `generate` for what the jobs are of."""
@@ -113,8 +116,8 @@ class Studio:
 class _Reporter:
     """Tells a watcher how far a batch is, not too often, and shows it as pictures as far as that costs little."""
 
-    def __init__(self, tokenizer: VQModel, jobs: Sequence[Job], out: Tensor, watch: Watch) -> None:
-        self.tokenizer, self.out, self.watch = tokenizer, out, watch
+    def __init__(self, decode: ImageDecoder, jobs: Sequence[Job], out: Tensor, watch: Watch) -> None:
+        self.decode, self.out, self.watch = decode, out, watch
         masks = [job.edit.mask for job in jobs if job.edit is not None]
         self.edits = bool(masks)
         self.total = last_drawn(torch.from_numpy(np.stack(masks))) + 1 if masks else out.shape[1]
@@ -127,13 +130,13 @@ class _Reporter:
             return
         pictures = None
         if self.previews and now >= self.next_preview:
-            pictures = partial_pictures(self.tokenizer, self.out, self.out.shape[1] if self.edits else step + 1)
+            pictures = partial_pictures(self.decode, self.out, self.out.shape[1] if self.edits else step + 1)
             self.next_preview = now + (time.monotonic() - now) / _PREVIEW_SHARE
         self.next_report = time.monotonic() + _SECONDS_BETWEEN_REPORTS
         self.watch(step + 1, self.total, pictures)
 
 
-def partial_pictures(tokenizer: VQModel, codes: Tensor, done: int) -> np.ndarray:
+def partial_pictures(decode: ImageDecoder, codes: Tensor, done: int) -> np.ndarray:
     """Pictures of the first `done` of codes (B, N), the rest grey: uint8 (B, H, W, 3).
 
     Cells that are not there get the last code drawn, so that the decoder, which looks around, sees nothing odd.
@@ -141,7 +144,7 @@ def partial_pictures(tokenizer: VQModel, codes: Tensor, done: int) -> np.ndarray
     grid = int(codes.shape[1] ** 0.5)
     shown = codes.clone()
     shown[:, done:] = codes[:, done - 1 : done]
-    images = decode_codes(tokenizer, shown)
+    images = decode(shown)
     there = torch.arange(codes.shape[1], device=codes.device) < done
     inside = as_pixels(there, images.shape[-1] // grid)
     return to_uint8(torch.where(inside, images, _EMPTY)).cpu().numpy()

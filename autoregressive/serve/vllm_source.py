@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoregressive.sample.pipeline import make_decoder
 from autoregressive.sample.text import TextConditions
 from autoregressive.serve.batching import LocalSource
 from autoregressive.serve.cards import Card, card_parser
@@ -32,7 +33,6 @@ from autoregressive.serve.requests import BadRequest, Event, Request
 from autoregressive.serve.studio import Job, partial_pictures
 from autoregressive.serve.workers import Batch, GivenUp, WorkerDied
 from tokenizer.build import load_tokenizer
-from tokenizer.coding import decode_codes
 from utils.distributed import process_group
 from utils.image import to_uint8
 
@@ -200,7 +200,10 @@ class _Parts:
 
     def __init__(self, card: Card, device: torch.device) -> None:
         self.text = TextConditions(card.args, device) if card.kind == "t2i" else None
-        self.tokenizer = load_tokenizer(card.args, device)
+        tokenizer = load_tokenizer(card.args, device)
+        self.codebook_size = tokenizer.config.codebook_size
+        self.decode = make_decoder(card.args, tokenizer, batch_size=1)
+        self.decode.warm_up(card.grid**2)
         self.device, self._lock = device, threading.Lock()
 
     def condition(self, job: Job) -> dict[str, Any]:
@@ -218,7 +221,7 @@ class _Parts:
     def picture(self, codes: list[int]) -> np.ndarray:
         """The picture (1, edge, edge, 3) of all its codes."""
         with self._lock:
-            return to_uint8(decode_codes(self.tokenizer, torch.tensor([codes], device=self.device))).cpu().numpy()
+            return to_uint8(self.decode(torch.tensor([codes], device=self.device))).cpu().numpy()
 
     def preview(self, codes: list[int], total: int) -> np.ndarray | None:
         """The picture (1, edge, edge, 3) of the codes that are there, grey where none are; None: no time for that."""
@@ -226,7 +229,7 @@ class _Parts:
             return None
         try:
             padded = torch.tensor([codes + codes[-1:] * (total - len(codes))], dtype=torch.int32, device=self.device)
-            return partial_pictures(self.tokenizer, padded, len(codes))
+            return partial_pictures(self.decode, padded, len(codes))
         finally:
             self._lock.release()
 
@@ -327,7 +330,7 @@ def vllm_source(card: Card, *, device: str | None = None, max_batch_size: int = 
         raise ValueError(f"{reason}; use --backend local")
     with process_group(device or card.args.device) as chosen:
         parts = _Parts(card, chosen)
-    folder = export_checkpoint(card.args, parts.tokenizer.config.codebook_size)
+    folder = export_checkpoint(card.args, parts.codebook_size)
     settings = {"cfg_interval": card.args.cfg_interval, "max_images": max_batch_size}
     engine = _Engine(python, folder, settings)
     engine.start()  # before its slots, which would try again and again

@@ -80,6 +80,13 @@ def test_compiled_batches_are_filled_up_to_a_power_of_two(monkeypatch):
     assert counts == [12, 5, 1, 15] and [len(quant) for quant in seen] == [12, 8, 1, 12, 4]
     assert all(quant.dtype == torch.bfloat16 for quant in seen)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    seen.clear()
+    decoder.warm_up(16)
+    assert [quant.shape for quant in seen] == [(size, 8, 4, 4) for size in (1, 2, 4, 8, 12)]
+    with torch.device("meta"):
+        plain = ImageDecoder(tokenizer, "bf16")
+        plain.decode.register_forward_hook(lambda *_: pytest.fail("nothing is compiled, so nothing is prepared"))
+    plain.warm_up(16)
 
 
 @pytest.mark.parametrize(("compiled", "device", "layout"), [

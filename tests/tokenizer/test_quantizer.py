@@ -24,6 +24,15 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture
+def switches():
+    """PyTorch's precisions of float32 products; afterwards all as they are at the start."""
+    yield
+    for one in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        one.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
 @golden.cases("vq.quantizer")
 def test_quantizer(case):
     quantizer = VectorQuantizer(**case.config).train()
@@ -156,28 +165,48 @@ class TestNearestCodes:
         assert quant.dtype == torch.bfloat16
         assert torch.equal(indices, quantizer(z.float())[2][2])
 
-    def test_tf32_is_off_inside_and_restored(self):
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_tf32_is_off_inside_and_restored(self, precision, switches):
         matmul = torch.backends.cuda.matmul
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            try:
-                with full_float32("cpu"):
-                    assert not matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
-                assert torch.get_float32_matmul_precision() == precision
-                assert matmul.allow_tf32 == (precision != "highest")
-            finally:
-                torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(precision)
+        with full_float32("cpu"):
+            assert not matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # "medium" is bfloat16 there
+        assert torch.get_float32_matmul_precision() == precision
+        assert matmul.allow_tf32 == (precision != "highest")
 
-    def test_tf32_chosen_through_the_newer_switch(self):
-        matmul = torch.backends.cuda.matmul
-        matmul.fp32_precision = "tf32"
-        try:
-            with pytest.raises(KeyError), full_float32("cpu"):
-                assert matmul.fp32_precision == "ieee"
-                raise KeyError
-            assert matmul.fp32_precision == "tf32"
-        finally:
-            matmul.fp32_precision = "ieee"
+    def test_tf32_switched_on_and_off_around_a_search(self, switches):
+        matmul, vectors = torch.backends.cuda.matmul, torch.eye(4)
+        for allowed in (True, False, True):
+            matmul.allow_tf32 = allowed
+            assert nearest_codes(vectors, vectors, True).tolist() == [0, 1, 2, 3]
+            assert matmul.allow_tf32 == allowed
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_tf32_switched_off_after_another_precision(self, precision, switches):
+        matmul, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        torch.set_float32_matmul_precision(precision)
+        matmul.allow_tf32 = False
+        before = matmul.fp32_precision, cpu.fp32_precision
+        with pytest.raises(RuntimeError, match="mix of the legacy and new API"):
+            torch.get_float32_matmul_precision()
+        with full_float32("cpu"):
+            assert not matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+            assert (matmul.fp32_precision, cpu.fp32_precision) == ("ieee", "ieee")
+        assert (matmul.fp32_precision, cpu.fp32_precision) == before and not matmul.allow_tf32
+
+    @pytest.mark.parametrize("everywhere", [False, True])
+    def test_tf32_chosen_through_the_newer_switches(self, everywhere, switches):
+        matmul, chosen = torch.backends.cuda.matmul, torch.backends if everywhere else torch.backends.cuda.matmul
+        matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+        chosen.fp32_precision = "tf32"
+        with pytest.raises(KeyError), full_float32("cpu"):
+            assert matmul.fp32_precision == "ieee" and not matmul.allow_tf32
+            raise KeyError
+        assert matmul.fp32_precision == "tf32"
+        chosen.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"  # it still follows the switch of all backends
 
 
 class TestGradients:

@@ -20,10 +20,9 @@ if not __package__:  # started by file path: the repository root takes the place
 
 import torch
 
-from tokenizer.build import add_vq_args, load_tokenizer
+from tokenizer.build import add_decode_precision_arg, add_vq_args, load_tokenizer
 from tokenizer.reconstruction import (
     Autoencoder,
-    add_decode_precision_arg,
     add_reconstruction_args,
     code_autoencoder,
     reconstruct_data_set,

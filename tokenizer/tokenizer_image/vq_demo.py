@@ -14,9 +14,8 @@ from pathlib import Path
 if not __package__:  # started by file path: the repository root takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tokenizer.build import add_vq_args
+from tokenizer.build import add_decode_precision_arg, add_vq_args
 from tokenizer.demo import add_demo_args, show
-from tokenizer.reconstruction import add_decode_precision_arg
 from tokenizer.tokenizer_image.reconstruction_vq_ddp import load
 from utils.args import make_parser
 from utils.errors import run

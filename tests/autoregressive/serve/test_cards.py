@@ -30,10 +30,11 @@ def test_other_files_are_no_cards(tmp_path, content):
 
 def test_flags_of_drawing_go_for_the_models_of_files_and_others_do_not(tmp_path):
     files = tiny_card_files(tmp_path)
-    typed = given_flags(card_parser(), ["--cfg-interval", "3", "--top-k", "9"])
-    assert typed == {"cfg_interval": 3.0, "top_k": 9}
+    typed = given_flags(card_parser(), ["--cfg-interval", "3", "--top-k", "9", "--decode-precision", "bf16"])
+    assert typed == {"cfg_interval": 3.0, "top_k": 9, "decode_precision": "bf16"}
     drawn_with = cards_of(typed, files)
     assert [(card.args.cfg_interval, card.sampling["top_k"]) for card in drawn_with] == [(3.0, 9)] * 2
+    assert {card.args.decode_precision for card in drawn_with} == {"bf16"}
     assert drawn_with[0].sampling["cfg_scale"] == 2.0  # as its file says
     for flags in (["--image-size", "384"], ["--gpt-model", "GPT-L"]):
         with pytest.raises(ValueError, match=f"{flags[0]} describes a model, but there is none"):

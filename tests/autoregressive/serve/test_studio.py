@@ -6,10 +6,11 @@ import torch
 
 from autoregressive.sample.pipeline import load_models, sample_codes
 from autoregressive.serve import studio as studio_module
+from autoregressive.serve.cards import with_values
 from autoregressive.serve.requests import Edit, Sampling
 from autoregressive.serve.studio import Job, Studio, partial_pictures
 from tests.autoregressive.serve.tiny import tiny_cards
-from tokenizer.coding import decode_codes
+from tokenizer.coding import ImageDecoder, decode_codes
 from utils.image import to_uint8
 
 CPU = torch.device("cpu")
@@ -38,6 +39,18 @@ def test_a_job_is_the_samplers_picture_of_that_seed(cards, studio):
     codes = sample_codes(gpt, torch.tensor([2]), card.args, [7], **vars(PLAIN))
     expected = to_uint8(decode_codes(tokenizer, codes)).numpy()
     assert np.array_equal(studio.draw([Job("tiny-class", 2, PLAIN, 7)]), expected)
+
+
+def test_pictures_and_previews_are_decoded_in_the_cards_format(cards, studio, monkeypatch):
+    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(studio_module, "_PREVIEW_SHARE", 1e9)
+    card = with_values(cards[0], {"decode_precision": "bf16"})
+    gpt, tokenizer = load_models(card.args, CPU)
+    codes = sample_codes(gpt, torch.tensor([2]), card.args, [7], **vars(PLAIN))
+    job, seen = Job("tiny-class", 2, PLAIN, 7, previews=True), []
+    drawn = Studio([card], CPU).draw([job], lambda *report: seen.append(report))
+    assert np.array_equal(drawn, to_uint8(ImageDecoder(tokenizer, "bf16")(codes)).numpy())
+    assert np.array_equal(seen[-1][2], drawn) and not np.array_equal(drawn, studio.draw([job]))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,6 @@ def test_a_watcher_can_stop_a_batch_and_the_next_one_is_as_ever(studio):
 
 def test_partial_pictures_end_within_a_row(cards):
     _, tokenizer = load_models(cards[0].args, CPU)
-    picture = partial_pictures(tokenizer, torch.full((1, 16), 5, dtype=torch.int32), 6)[0]
+    picture = partial_pictures(ImageDecoder(tokenizer), torch.full((1, 16), 5, dtype=torch.int32), 6)[0]
     assert (picture[4:8, 8:] == GREY).all() and (picture[8:] == GREY).all()
     assert (picture[4:8, :8] != GREY).any() and (picture[:4] != GREY).any()

@@ -14,14 +14,14 @@ import torch
 
 from autoregressive.sample.pipeline import load_models
 from autoregressive.serve import vllm_source as module
-from autoregressive.serve.cards import card_of_args, card_parser
+from autoregressive.serve.cards import card_of_args, card_parser, with_values
 from autoregressive.serve.requests import BadRequest, Drawn, Edit, Failed, Progress, Request, Sampling
 from autoregressive.serve.server import backend_of, server_parser
 from autoregressive.serve.studio import Job, Studio
 from autoregressive.serve.vllm_source import vllm_python, vllm_source, why_not
 from autoregressive.serve.workers import GivenUp
 from tests.autoregressive.serve.tiny import tiny_cards
-from tokenizer.coding import decode_codes
+from tokenizer.coding import ImageDecoder, decode_codes
 from utils.image import to_uint8
 
 PLAIN = Sampling(cfg_scale=3.0, top_k=20, top_p=1.0, temperature=0.8)
@@ -68,6 +68,16 @@ def expected(card, *seeds):
     _, tokenizer = load_models(card.args, torch.device("cpu"), card.kind)
     codes = torch.tensor([[(seed + i) % 64 for i in range(16)] for seed in seeds])
     return to_uint8(decode_codes(tokenizer, codes)).numpy()
+
+
+def test_pictures_are_decoded_in_the_cards_format(cards, stand_in):
+    card = with_values(cards[0], {"decode_precision": "bf16"})
+    _, tokenizer = load_models(card.args, torch.device("cpu"))
+    codes = torch.tensor([[(5 + i) % 64 for i in range(16)]])
+    with contextlib.closing(vllm_source(card, max_batch_size=4)) as source:
+        found = pictures(draw(source, ask(5)))
+    assert np.array_equal(found, to_uint8(ImageDecoder(tokenizer, "bf16")(codes)).numpy())
+    assert not np.array_equal(found, expected(card, 5))
 
 
 def test_codes_become_pictures_and_parts_of_pictures(cards, source):
