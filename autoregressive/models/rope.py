@@ -62,9 +62,11 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
     Computed in float32; the result has the dtype of `x`.
     """
-    cos, sin = freqs_cis[:, None].unbind(-1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+    cos, sin = freqs_cis[:, None, :, :, None].unbind(-2)
+    signs = torch.arange(-1, 2, 2, device=x.device)  # of an even channel, and of an odd one
+    pairs = x.float().unflatten(-1, (-1, 2))
+    # flipped pairs, not even and odd channels by themselves: compiled, either direction is one kernel without masks
+    return (pairs * cos + pairs.flip(-1) * (sin * signs)).flatten(-2).type_as(x)
 
 
 class RotaryTable:

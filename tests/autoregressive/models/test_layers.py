@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from autoregressive.models.cache import KVCache
 from autoregressive.models.config import ModelArgs, find_multiple
-from autoregressive.models.layers import Attention, FeedForward, RMSNorm, TransformerBlock
+from autoregressive.models.layers import Attention, FeedForward, RMSNorm, TransformerBlock, aligned_attention
 from autoregressive.models.rope import apply_rotary_emb, precompute_freqs_cis_2d
 from autoregressive.models.text_condition import text_attention_mask
 from tests.autoregressive.models.tiny import NO_DROPOUT, captions, random_model
@@ -83,6 +83,36 @@ def test_head_width_100_keeps_its_own_scale(monkeypatch):
     layer = Attention(args(dim=200, n_head=2))
     layer(torch.randn(1, 10, 200), precompute_freqs_cis_2d(3, 100, cls_token_num=1))
     assert calls[0][0] == 100 and "scale" not in calls[0][1]  # the default is 1 / sqrt(100)
+
+
+def gradients(attend, parts: list[torch.Tensor], **options) -> list[torch.Tensor]:
+    """The result for queries, keys and values, and the gradients of its squares with respect to them."""
+    leaves = [part.clone().requires_grad_() for part in parts]
+    out = attend(*leaves, **options)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_of_another_width_are_padded_without_a_trace(kv_heads, masked, monkeypatch):
+    widths, real = [], F.scaled_dot_product_attention
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, heads, 7, 100, generator=generator).double() for heads in (4, kv_heads, kv_heads)]
+    mask = torch.ones(7, 7, dtype=torch.bool).tril(2) if masked else None
+    options = {"attn_mask": mask, "is_causal": not masked, "enable_gqa": kv_heads != 4}
+    expected = gradients(real, parts, **options)
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **k: widths.append(q.shape[-1]) or real(q, *a, **k)
+    )
+    found = gradients(aligned_attention, parts, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert widths == [104] and found[0].shape == (2, 4, 7, 100)
+
+
+def test_heads_of_a_multiple_of_8_are_not_padded():
+    parts = [torch.randn(1, 2, 5, 16) for _ in range(3)]
+    expected = gradients(F.scaled_dot_product_attention, parts, is_causal=True)
+    assert all(map(torch.equal, gradients(aligned_attention, parts, is_causal=True), expected))
 
 
 def test_a_mask_takes_the_place_of_causality():

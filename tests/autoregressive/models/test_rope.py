@@ -57,6 +57,24 @@ def test_neighbouring_channels_are_a_pair():
     torch.testing.assert_close(turned.flatten(), torch.tensor([0, 0, 0.6, 0.8, 0, 0, 0, 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_turns_forward_and_its_gradient_turns_back(dtype):
+    """Bit for bit: (even cos - odd sin, odd cos + even sin) in float32, and its adjoint."""
+    generator = torch.Generator().manual_seed(0)
+    x, slope = (torch.randn(2, 5, 3, 8, generator=generator).to(dtype) for _ in range(2))
+    table = precompute_freqs_cis_2d(2, 8, cls_token_num=1)
+    turned = apply_rotary_emb(x.requires_grad_(), table)
+    turned.backward(slope)
+    cos, sin = table[:, None].unbind(-1)
+    even, odd = x.detach().float().unflatten(-1, (-1, 2)).unbind(-1)
+    up, down = slope.float().unflatten(-1, (-1, 2)).unbind(-1)
+    assert turned.dtype == x.grad.dtype == dtype
+    assert torch.equal(turned[..., 0::2], (even * cos - odd * sin).to(dtype))
+    assert torch.equal(turned[..., 1::2], (odd * cos + even * sin).to(dtype))
+    assert torch.equal(x.grad[..., 0::2], (up * cos + down * sin).to(dtype))
+    assert torch.equal(x.grad[..., 1::2], (down * cos - up * sin).to(dtype))
+
+
 def test_condition_positions_become_zero_vectors():
     turned = apply_rotary_emb(torch.randn(1, 7, 2, 8), precompute_freqs_cis_2d(2, 8, cls_token_num=3))
     assert turned[:, :3].abs().max() == 0
