@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -42,6 +43,8 @@ def run(context: Context) -> None:
         checks = [key for key, _ in inspect.getmembers(tests, inspect.isfunction) if key.startswith("check_")]
         context.check(f"{name}: has checks", bool(checks), checks=checks)
         jobs += [partial(run_check, context, name, key) for key in (checks[-1:] if context.tiny else checks)]
+        if context.device.type == "cuda" and name == "engine.test_fused":
+            jobs += [partial(run_check, context, name, key, dependent=True) for key in checks]
     with ThreadPoolExecutor(AT_A_TIME if context.device.type == "cuda" else 1) as pool:
         for job in [pool.submit(job) for job in jobs]:
             job.result()
@@ -53,10 +56,11 @@ def interpret_on_cpu(context: Context) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def run_check(context: Context, module: str, function: str) -> None:
-    """Call one check with the device."""
+def run_check(context: Context, module: str, function: str, dependent: bool = False) -> None:
+    """Call one check with the device; `dependent`: with kernels that start while the one before them ends."""
     code = f"import {TESTS}.{module} as tests; tests.{function}('{context.device.type}')"
-    run_command(context, f"{module}: {function}", [sys.executable, "-c", code])
+    name = f"{module}: {function}" + ", dependent launches" * dependent
+    run_command(context, name, [sys.executable, "-c", code], {"LLAMAGEN_DEPENDENT_LAUNCH": "1"} if dependent else {})
 
 
 def run_gpu_tests(context: Context) -> None:
@@ -65,12 +69,13 @@ def run_gpu_tests(context: Context) -> None:
     run_command(context, "tests that need a GPU", [sys.executable, "-m", "pytest", *options, *GPU_TESTS])
 
 
-def run_command(context: Context, name: str, command: list[str]) -> None:
+def run_command(context: Context, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> None:
     """Run a command and note whether it ended well, else the end of what it printed."""
     started = time.perf_counter()
     try:
         limit = max(context.seconds_left - RESERVE_S, 1.0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        environment = {**os.environ, **(variables or {})}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
         error = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
     except subprocess.TimeoutExpired:
         error = "no time was left"

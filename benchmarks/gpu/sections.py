@@ -23,6 +23,7 @@ SECTIONS = (
     Section("sharded", 60, timed=False),
     Section("kernel_times", 60),
     Section("decode", 150),
+    Section("variants", 60),
     Section("images", 40),
     Section("training", 140),
     Section("tokenizer", 50),

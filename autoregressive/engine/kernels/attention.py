@@ -16,25 +16,29 @@ from torch import Tensor
 
 from autoregressive.engine.kernels.launch import dependent_launch, prefetch, wait_for_inputs
 
-MANY_ROWS = 64  # above it programs outnumber the multiprocessors by far
-
 
 class Config(NamedTuple):
     """Launch parameters. `tile_bytes` of keys, and again of values, are taken in at once, `num_stages` - 1 such tiles
     are on their way; `prefetch` asks for keys and values in the L2 cache before the kernel waits for the one before."""
 
-    tile_bytes: int
-    num_warps: int
-    num_stages: int
+    tile_bytes: int = 8192
+    num_warps: int = 8
+    num_stages: int = 3
     prefetch: bool = False
 
 
-def default_config(rows: int) -> Config:
-    """Few rows have few programs, each of which must keep much on its way; many are better small.
-
-    Results of different tiles or warps differ in their last bits: rows are equal on either side of `MANY_ROWS` only.
-    """
-    return Config(8192, 8, 3) if rows <= MANY_ROWS else Config(4096, 4, 3)
+DEFAULT = Config()
+# Worth timing. Results of different tiles or warps differ in their last bits: a choice must not depend on the rows.
+CANDIDATES = (
+    DEFAULT,
+    Config(prefetch=True),
+    Config(16384),
+    Config(16384, num_warps=16),
+    Config(8192, num_warps=4),
+    Config(4096, num_warps=4),
+    Config(4096, num_warps=4, num_stages=4),
+    Config(2048, num_warps=2, num_stages=4),
+)
 
 
 @triton.jit
@@ -175,7 +179,7 @@ def decode_attention(
     elif out.shape != (len(qkv), n_head * head_dim) or out.dtype != qkv.dtype or not out.is_contiguous():
         raise ValueError(f"out must be a contiguous {qkv.dtype} tensor ({len(qkv)}, {n_head * head_dim})")
     lanes = max(16, triton.next_power_of_2(head_dim))
-    config, pdl = config or default_config(len(qkv)), dependent_launch(qkv.device)
+    config, pdl = config or DEFAULT, dependent_launch(qkv.device)
     row_stride, head_stride, position_stride, _ = k_cache.stride()
     rounded_up = -(-head_dim // 8) * 8
     _decode_attention_kernel[(len(qkv) * n_head,)](
