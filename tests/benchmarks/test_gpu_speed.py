@@ -21,7 +21,9 @@ from utils.image import make_grid_image
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EXPECTED = {  # names of records, each with values that it must have
-    "probe": {"ceilings": "product_tflops", "attention": "kernels", "versions": "torch", "process group": "backend"},
+    "probe": {"ceilings": "product_tflops", "attention": "kernels", "versions": "torch", "process group": "backend",
+              "attention causal, head_dim 100: values": "error",
+              "attention decode, mask, head_dim 100: values": "error"},
     "images": {"images": "vq_ms_per_image", "images, batch 3, finite": "shape"},
     "training": {"training": "ms_per_step", "profile": "idle_share", "GPT-XS, eager: losses": "losses",
                  "GPT-XS, compiled, --residual-dtype compute: losses": "losses"},
