@@ -4,7 +4,8 @@
 
 Prints a table: bytes per GPU of weights, gradients and optimizer; of the activations of one image; and how many images
 a micro-batch may have. Activations are counted by running the model on tensors without data and noting what autograd
-keeps, in eager mode; torch.compile keeps less. docs/training.md says what is counted.
+keeps, in eager mode; with --compile they are what compiled blocks keep, a third less (utils/memory.py).
+docs/training.md says what is counted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from autoregressive.models.config import SIZES, ModelArgs, sized_args
 from autoregressive.models.gpt import Transformer
 from utils.args import make_parser
 from utils.errors import run
-from utils.memory import Weights, images_that_fit, state_bytes
+from utils.memory import Weights, compiled_block_bytes, images_that_fit, state_bytes
 
 RESERVED = 6e9  # bytes left to CUDA's context, NCCL's buffers and fragmentation
 _ROWS = [("ddp", "none"), ("fsdp", "none"), ("fsdp", "full")]  # strategy, activation checkpointing
@@ -74,19 +75,28 @@ def saved_bytes(config: ModelArgs, images: int, sharded: bool) -> int:
     return sum(size for _, size in kept.values())
 
 
-def activation_bytes(config: ModelArgs, sharded: bool, checkpointing: str = "none") -> int:
+def activation_bytes(config: ModelArgs, sharded: bool, checkpointing: str = "none", compiled: bool = False) -> int:
     """Bytes that one image adds to a micro-batch at the peak, which is the beginning of the backward pass.
 
-    "full" checkpointing keeps the input of each block, and computes one block at a time again.
-    """
+    `checkpointing` is "none", "full" (the input of each block is kept, and one block at a time is computed again) or,
+    `compiled` alone, "selective".
 
+    Raises:
+        ValueError: for another `checkpointing`.
+    """
+    if checkpointing == "selective" and not compiled:
+        raise ValueError("what selective checkpointing keeps is known of compiled blocks alone")
     one, two = (_bytes_per_image(sharded, **{**vars(config), "n_layer": layers}) for layers in (1, 2))
-    block = two - one
-    rest = one - block
-    positions = config.cls_token_num + config.block_size - 1
-    stream = positions * config.dim * (2 if sharded else 4)
-    blocks = config.n_layer * block if checkpointing == "none" else config.n_layer * stream + block
-    return rest + blocks
+    eager = two - one
+    positions, stream = config.cls_token_num + config.block_size - 1, 2 if sharded else 4
+
+    def block(mode: str) -> int:
+        if compiled:
+            return positions * compiled_block_bytes(config, mode, stream)
+        return eager if mode == "none" else positions * config.dim * stream
+
+    again = block("none") if checkpointing == "full" else 0
+    return one - eager + config.n_layer * block(checkpointing) + again
 
 
 @functools.lru_cache
@@ -108,7 +118,7 @@ def table(sizes: list[str], args: argparse.Namespace) -> list[str]:
         cells = [size, f"{weights.total / 1e6:,.0f}M"]
         for strategy, mode in _ROWS:
             state = state_bytes(weights, strategy, args.gpus, args.ema)
-            image = activation_bytes(config, strategy != "ddp", mode)
+            image = activation_bytes(config, strategy != "ddp", mode, args.compile)
             fit = images_that_fit(args.gpu_memory * 1e9 - RESERVED, state, image)
             cells.append(f"{state / 1e9:.1f} + {image / 1e9:.2f} GB, {fit or 'does not fit'}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -125,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--gpus", type=int, default=8, help="GPUs that share one copy (all, or those of a machine)")
     flags.add_argument("--gpu-memory", type=float, default=80, help="gigabytes of one GPU")
     flags.add_argument("--ema", action="store_true", help="with averaged weights")
+    flags.add_argument("--compile", action="store_true", help="with torch.compile, which training uses on GPUs")
     return flags
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from utils.flops import GPTShape
+
 STATE = 4 + 4 + 8  # weight, gradient, two moments
 EMA = 4
 WORKING = 2  # a weight as bfloat16, for the matrix products
@@ -43,6 +45,33 @@ def state_bytes(weights: Weights, strategy: str = "ddp", shards: int = 1, ema: b
     working = WORKING * (weights.root + gathered * weights.block)
     reducing = (WORKING + 4) * max(weights.root, weights.block)
     return -(-weights.total * per_weight // shards) + working + reducing
+
+
+def compiled_block_bytes(shape: GPTShape, checkpointing: str = "none", stream: int = 4) -> int:
+    """Bytes of one position that a block compiled by torch.compile keeps from its forward to its backward pass.
+
+    Matrix products are bfloat16 and there is dropout. Compiled, of the results between two products the cheap ones are
+    computed again: it keeps what the products and attention read, and the feed-forward's gate and its linear part.
+
+    Args:
+        checkpointing: "none"; "selective": the results of products and attention; "full": the input of the block.
+        stream: bytes of a number that blocks hand to each other.
+
+    Raises:
+        ValueError: for another `checkpointing`.
+    """
+    dim, kv, hidden = shape.dim, shape.kv_heads * shape.head_dim, shape.ffn_hidden
+    if checkpointing == "full":
+        return stream * dim
+    sums = 4 * dim // shape.head_dim  # logarithms of the sums of attention's softmax, float32
+    products = WORKING * ((dim + 2 * kv) + dim + 2 * hidden) + sums  # query, key, value; attention; gate, linear part
+    if checkpointing == "selective":
+        return stream * dim + products + WORKING * dim  # the output projection's result too
+    if checkpointing != "none":
+        raise ValueError(f"checkpointing is 'none', 'selective' or 'full', not {checkpointing!r}")
+    inputs = WORKING * (2 * dim + (dim + kv) + hidden)  # of the products: two norms, rotated heads, gated
+    masks = 2 * dim  # of dropout, a byte each
+    return 2 * stream * dim + inputs + products + masks
 
 
 def images_that_fit(memory: float, state: float, per_image: float) -> int:

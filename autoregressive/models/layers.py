@@ -48,7 +48,8 @@ def aligned_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor
     """`F.scaled_dot_product_attention` with the width of the heads filled up with zeros to a multiple of 8.
 
     Zeros change neither scores nor results, whose scale stays that of the true width. cuDNN, whose kernels are the
-    fastest on Hopper, takes no other widths; compiled, the zeros are written along with the rotated values.
+    fastest on Hopper, takes no other widths. FlashAttention would be given padded copies by torch, and with a mask
+    other widths take the path without a fused kernel. Compiled, the zeros are written along with the rotated values.
 
     Args:
         q: (B, heads, S, head_dim); k and v: (B, heads or fewer, keys, head_dim).
@@ -99,8 +100,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x, freqs_cis)
         if cache is not None:
             k, v = cache.update(input_pos, k, v)
-        # a cache is read as it is: padding would copy it in each step
-        attend = aligned_attention if q.is_cuda and cache is None else F.scaled_dot_product_attention
+        attend = aligned_attention if q.is_cuda else F.scaled_dot_product_attention
         out = attend(
             q,
             k.to(q.dtype),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.models.layers import aligned_attention
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.profiling import profile, short
 from tokenizer.nearest import exact_arithmetic
@@ -82,7 +83,7 @@ def versions(context: Context) -> None:
 
 
 def attention_kernels(context: Context) -> None:
-    """Record the kernels that SDPA takes for decoding with a mask, without one, and for a training sequence."""
+    """Check attention for decoding with a mask, without one, and for a training sequence; record its kernels."""
     rows, heads, keys = (16, 16, 577) if not context.tiny else (2, 2, 17)
     for dim in (64, 100):
         query, cached = (_normal(context, rows, heads, length, dim) for length in (1, keys))
@@ -101,7 +102,7 @@ def attention_kernels(context: Context) -> None:
 
 def _attention_case(context: Context, name: str, query: Tensor, cached: Tensor, options: dict) -> None:
     def attend() -> Tensor:
-        return F.scaled_dot_product_attention(query, cached, cached, **options)
+        return aligned_attention(query, cached, cached, **options)
 
     for _ in range(3):
         attend()
@@ -109,6 +110,9 @@ def _attention_case(context: Context, name: str, query: Tensor, cached: Tensor, 
     kernels = [short(kernel) for kernel in list(totals)[:6]]
     us = 1e3 * sum(total for _, total in totals.values())  # of the kernels alone: launching them may take longer
     context.record("attention", case=name, head_dim=query.shape[-1], kernel_us=us, kernels=kernels)
+    exact = F.scaled_dot_product_attention(query.double(), cached.double(), cached.double(), **options)
+    error = _difference(attend(), exact.cpu())
+    context.check(f"attention {name}, head_dim {query.shape[-1]}: values", error < 0.02, error=error)
 
 
 def _normal(context: Context, *shape: int) -> Tensor:

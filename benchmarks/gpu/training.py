@@ -45,22 +45,32 @@ class Case(NamedTuple):
     checkpointing: str = "none"
     compiled: bool = True
     seconds: float = 30.0  # that are needed to begin it
+    flags: tuple[str, ...] = ()  # further ones of the command
 
     @property
     def name(self) -> str:
         """For people, and the name of its records."""
-        return f"{self.model}, {'compiled' if self.compiled else 'eager'}"
+        return ", ".join([self.model, "compiled" if self.compiled else "eager", *filter(None, [" ".join(self.flags)])])
 
 
+_SHORT_RESIDUALS = ("--residual-dtype", "compute")
 CASES = (
     Case("GPT-L", 32),
     Case("GPT-3B", 8, accumulation=4, checkpointing="selective"),
     Case("GPT-XL", 24),
     Case("GPT-XXL", 16, accumulation=4, checkpointing="selective"),
+    Case("GPT-L", 32, seconds=20, flags=_SHORT_RESIDUALS),
+    Case("GPT-XL", 24, seconds=20, flags=_SHORT_RESIDUALS),
+    # larger micro-batches: fewer casts of the weights and sums of their gradients in a step; less computed twice
+    Case("GPT-3B", 16, accumulation=2, checkpointing="selective", flags=_SHORT_RESIDUALS),
+    Case("GPT-XXL", 32, accumulation=2, flags=_SHORT_RESIDUALS),
     Case("GPT-L", 32, compiled=False, seconds=12),
     Case("GPT-XL", 24, compiled=False, seconds=12),
 )
-TINY = (Case("GPT-XS", 2), Case("GPT-XS", 4, accumulation=2, checkpointing="selective", compiled=False))
+TINY = (
+    Case("GPT-XS", 2, flags=_SHORT_RESIDUALS),
+    Case("GPT-XS", 4, accumulation=2, checkpointing="selective", compiled=False),
+)
 
 
 def run(context: Context) -> None:
@@ -104,6 +114,7 @@ def training_args(case: Case, images: int, folder: str, run_dir: str, image_size
     flags += ["--global-batch-size", str(images * case.accumulation), "--max-steps", str(_WARM_UP + _TIMED)]
     flags += ["--gradient-accumulation-steps", str(case.accumulation), "--num-workers", "8" if image_size > 64 else "0"]
     flags += ["--activation-checkpointing", case.checkpointing, "--compile" if case.compiled else "--no-compile"]
+    flags += case.flags
     return train_c2i.parser().parse_args([*flags, "--log-every", "0", "--vocab-size", "16384"])
 
 
@@ -153,7 +164,7 @@ def _measure(context: Context, case: Case, images: int, folder: str, image_size:
     flops = batch * training_flops_per_image(config) / seconds
     context.record(
         "training", gpt_model=case.model, images=images, accumulation=case.accumulation,
-        checkpointing=case.checkpointing, compiled=case.compiled, ms_per_step=1e3 * seconds,
+        checkpointing=case.checkpointing, compiled=case.compiled, flags=" ".join(case.flags), ms_per_step=1e3 * seconds,
         images_per_s=batch / seconds, **_shares(context, flops), peak_gb=context.peak_memory_gb(),
         prepare_seconds=watched.started - began, graphs=graphs,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.gpu import report, tokenizer
+from benchmarks.gpu import report, tokenizer, training
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.probe import ceilings
 from benchmarks.gpu.profiling import Profile, busy, profile, short
@@ -21,9 +21,12 @@ from utils.image import make_grid_image
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EXPECTED = {  # names of records, each with values that it must have
-    "probe": {"ceilings": "product_tflops", "attention": "kernels", "versions": "torch", "process group": "backend"},
+    "probe": {"ceilings": "product_tflops", "attention": "kernels", "versions": "torch", "process group": "backend",
+              "attention causal, head_dim 100: values": "error",
+              "attention decode, mask, head_dim 100: values": "error"},
     "images": {"images": "vq_ms_per_image", "images, batch 3, finite": "shape"},
-    "training": {"training": "ms_per_step", "profile": "idle_share", "GPT-XS, eager: losses": "losses"},
+    "training": {"training": "ms_per_step", "profile": "idle_share", "GPT-XS, eager: losses": "losses",
+                 "GPT-XS, compiled, --residual-dtype compute: losses": "losses"},
     "tokenizer": {"decode": "psnr_db", "encode": "share_of_equal_codes", "training step": "images_per_s",
                   "codes of the emoji tokenizer": "share_of_equal_codes_tf32", "quantizer": "ms"},
     "evaluator": {"inception": "relative_difference", "frechet distance": "trace_seconds"},
@@ -97,6 +100,20 @@ def test_a_profile_knows_what_ran(tmp_path):
     context = Context("some", CPU, tmp_path)
     found = profile(context, lambda: torch.ones(8, 8) @ torch.ones(8, 8))
     assert found.totals["aten::mm"][0] == 1 and 0 <= found.idle_share < 1
+
+
+def test_a_case_of_training_is_flags_of_the_command():
+    case = training.Case("GPT-XS", 4, accumulation=2, checkpointing="full", flags=("--residual-dtype", "compute"))
+    args = training.training_args(case, 4, "codes", "runs", 64)
+    assert (args.global_batch_size, args.gradient_accumulation_steps, args.compile) == (8, 2, True)
+    assert (args.activation_checkpointing, args.residual_dtype) == ("full", "compute")
+    assert case.name == "GPT-XS, compiled, --residual-dtype compute"
+    assert training.Case("GPT-L", 32, compiled=False).name == "GPT-L, eager"
+
+
+def test_cases_of_training_are_named_once():
+    for cases in (training.CASES, training.TINY):
+        assert len({case.name for case in cases}) == len(cases)
 
 
 def test_ceilings_are_measured_once(tmp_path):

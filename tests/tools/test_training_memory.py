@@ -10,6 +10,7 @@ from autoregressive.models.config import ModelArgs, sized_args
 from autoregressive.models.gpt import Transformer
 from tests.commands.shell import ROOT
 from tools.training_memory import activation_bytes, parser, saved_bytes, table, weights_of
+from utils.memory import state_bytes
 
 SMALL = {"dim": 32, "n_layer": 3, "n_head": 2, "multiple_of": 16, "vocab_size": 64, "block_size": 16}
 
@@ -43,9 +44,32 @@ def test_counting_without_data_gives_what_autograd_keeps(fields):
 def test_blocks_are_alike_so_depth_is_a_straight_line():
     config = ModelArgs(**SMALL)
     direct = saved_bytes(config, 2, False) - saved_bytes(config, 1, False)
-    assert activation_bytes(config, sharded=False) == direct
-    assert activation_bytes(config, sharded=True) < direct  # the stream between blocks is half as wide
-    assert activation_bytes(ModelArgs(**{**SMALL, "n_layer": 24}), False, "full") < 24 * direct / 3
+    assert activation_bytes(config, sharded=False, compiled=False) == direct
+    deep = ModelArgs(**{**SMALL, "n_layer": 24})
+    for compiled in (False, True):
+        none, full = (activation_bytes(deep, False, mode, compiled) for mode in ("none", "full"))
+        assert full < none / 3
+        assert activation_bytes(deep, True, "none", compiled) < none  # the stream between blocks is half as wide
+    with pytest.raises(ValueError, match="compiled blocks alone"):
+        activation_bytes(deep, False, "selective")
+
+
+MEASURED = [  # peaks of torch.cuda.max_memory_allocated on an H200, in gigabytes, at 384 px
+    ("GPT-L", 32, "none", True, 24.38),
+    ("GPT-XL", 24, "none", True, 37.95),
+    ("GPT-3B", 8, "selective", True, 59.48),
+    ("GPT-XXL", 16, "selective", True, 40.36),
+    ("GPT-L", 32, "none", False, 32.28),
+    ("GPT-XL", 24, "none", False, 49.23),
+]
+
+
+@pytest.mark.parametrize(("size", "images", "checkpointing", "compiled", "peak_gb"), MEASURED)
+def test_estimates_are_upper_ones_and_no_tenth_above_what_a_gpu_took(size, images, checkpointing, compiled, peak_gb):
+    config = sized_args(size, block_size=24 * 24)
+    state = state_bytes(weights_of(config))
+    estimate = state + images * activation_bytes(config, False, checkpointing, compiled)
+    assert peak_gb < estimate / 1e9 < 1.1 * peak_gb
 
 
 def test_published_parameter_counts():
@@ -57,6 +81,11 @@ def test_the_table_of_the_docs_is_what_the_tool_prints():
     assert "python3 tools/training_memory.py" in documented
     printed = table(["GPT-B", "GPT-XL", "GPT-3B"], parser().parse_args([]))
     assert len(printed) == 5 and all(line in documented for line in printed), "\n".join(printed)
+
+
+def test_compiled_blocks_leave_room_for_more_images():
+    eager, compiled = (table(["GPT-XL"], parser().parse_args(flags))[-1] for flags in ([], ["--compile"]))
+    assert [re.findall(r", (\d+)", line.split("|")[3]) for line in (eager, compiled)] == [["83"], ["117"]]
 
 
 def test_more_gpus_and_a_larger_card_fit_more():
