@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.engine.kernels.attention import decode_attention
@@ -38,7 +39,10 @@ def unsupported(model: Transformer) -> str | None:
 
 
 class FusedEngine(StaticEngine):
-    """The engine of NVIDIA GPUs. Up to 32 guided images, an image does not depend on its batch, to the last bit.
+    """The engine of NVIDIA GPUs.
+
+    Up to 32 guided images of classes, an image does not depend on its batch, to the last bit. Captions are read by
+    cuBLAS, whose roundings may depend on their number.
 
     Raises:
         ValueError: a model that the kernels cannot compute.
@@ -59,6 +63,23 @@ class FusedEngine(StaticEngine):
             raise ValueError("the triton engine needs captions that are padded on the left; use --engine compiled")
         return super().new_cache(rows, positions, dtype, device, key_mask)
 
+    def __call__(
+        self,
+        idx: Tensor | None,
+        cond_idx: Tensor | None,
+        input_pos: Tensor,
+        *,
+        cache: DecodeCache,
+        last_only: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As `Engine.__call__`. A class is one position, which the kernels of a decode step compute."""
+        if idx is not None or self.model.model_type != "c2i" or len(cond_idx) > MAX_ROWS:  # type: ignore[arg-type]
+            return super().__call__(idx, cond_idx, input_pos, cache=cache, last_only=last_only)
+        cache.extend(len(cond_idx), 1)  # type: ignore[arg-type]
+        classes = self.model.cls_embedding.embedding_table.weight
+        logits = _Step(self.model, classes, cond_idx, input_pos, None, cache).skinny()  # type: ignore[arg-type]
+        return logits[:, None].float(), None
+
     def _keys(self, filled: int) -> int:
         """All of them: the kernel reads the filled length itself."""
         return self.positions
@@ -77,27 +98,31 @@ class FusedEngine(StaticEngine):
     def _logits(self, key: GraphKey, buffers: DecodeBuffers, cache: FixedCache) -> Tensor:
         """Logits (rows, V) of the tokens to feed, in the model's format."""
         rows = key.images * (2 if key.with_uncond else 1)
-        step = _Step(
-            self.model, buffers.position, buffers.first_key[:rows] if key.masked else None, cache, buffers.x[:, 0]
-        )
-        return step.skinny(copies=rows // key.images) if rows <= MAX_ROWS else step.wide(copies=rows // key.images)
+        first_key = buffers.first_key[:rows] if key.masked else None
+        table = self.model.tok_embeddings.weight
+        step = _Step(self.model, table, buffers.x[:, 0], buffers.position, first_key, cache)
+        return step.skinny(rows // key.images) if rows <= MAX_ROWS else step.wide(rows // key.images)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One decode step of tokens int64 (B,): logits (copies * B, V)."""
+    """One decode step of `tokens` int64 (B,), which are rows of `table`, at `position` int64 (1,).
+
+    The results are logits (copies * B, V): of all tokens, and again of all tokens for the unconditional rows.
+    """
 
     model: Transformer
+    table: Tensor
+    tokens: Tensor
     position: Tensor
     first_key: Tensor | None
-    cache: FixedCache
-    tokens: Tensor
+    cache: DecodeCache
 
-    def skinny(self, copies: int) -> Tensor:
+    def skinny(self, copies: int = 1) -> Tensor:
         """By the kernels that read each matrix once: for few rows, whose time is that of reading."""
         blocks = list(self.model.layers)
         norms = [*(block.attention_norm for block in blocks), self.model.norm]
-        stream = embed(self.tokens, self.model.tok_embeddings.weight, norms[0].weight, copies)
+        stream = embed(self.tokens, self.table, norms[0].weight, copies)
         for block, kv, norm, next_norm in zip(blocks, self.cache.layers, norms, norms[1:]):
             attention, gated = block.attention, block.feed_forward
             qkv = linear(stream, attention.wqkv.weight, eps=norm.eps, scale=_scale(attention.wqkv))
@@ -109,9 +134,9 @@ class _Step:
         head = self.model.output
         return linear(stream, head.weight, eps=self.model.norm.eps, scale=_scale(head))
 
-    def wide(self, copies: int) -> Tensor:
+    def wide(self, copies: int = 1) -> Tensor:
         """By the products of cuBLAS: for many rows, whose time is that of multiplying."""
-        h = self.model.tok_embeddings(self.tokens).repeat(copies, 1)
+        h = F.embedding(self.tokens, self.table).repeat(copies, 1)
         for block, kv in zip(self.model.layers, self.cache.layers):
             attention, gated = block.attention, block.feed_forward
             qkv = attention.wqkv(_normed(h, block.attention_norm))

@@ -3,7 +3,8 @@
     python3 -m benchmarks.gpu.report results-gpu/results.json
     python3 -m benchmarks.gpu.report first/results.json second/results.json --write docs/results.md
 
-Of several files, the sections of a later one take the place of those of an earlier one.
+Of several files, the sections of a later one take the place of those of an earlier one. A file may hold "notes", a
+list of paragraphs by hand, which are printed below the run they belong to.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _said("git", "rev-parse", "--short", "HEAD"),
+        "commit": _said("git", "describe", "--always", "--dirty"),
         "day": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -102,7 +103,8 @@ def _header(results: Mapping[str, Any], name: str, sections: Sequence[str]) -> l
     """Where and how a run was made, and which sections are shown of it."""
     facts = ", ".join(f"{_heading(key)} {value}" for key, value in results["environment"].items() if value)
     shown = f" Sections: {', '.join(sections) or 'none, all were measured again later'}." if name else ""
-    return [f"{name}: {facts}." + shown if name else f"{facts}.", "", f"`{results['command']}`", ""]
+    lines = [f"{name}: {facts}." + shown if name else f"{facts}.", "", f"`{results['command']}`", ""]
+    return [*lines, *(f"{note}\n" for note in results.get("notes", []))]
 
 
 def _section(records: Sequence[Record]) -> list[str]:

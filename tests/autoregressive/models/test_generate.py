@@ -13,7 +13,13 @@ from torch import Tensor
 
 from autoregressive.models import generate as generate_module
 from autoregressive.models.cache import DecodeCache
-from autoregressive.models.generate import decode_n_tokens, decode_one_token, generate, prefill
+from autoregressive.models.generate import (
+    decode_attention_backends,
+    decode_n_tokens,
+    decode_one_token,
+    generate,
+    prefill,
+)
 from autoregressive.models.guidance import guidance_scales, guided_logits, with_null_condition
 from autoregressive.models.schedules import SCHEDULES
 from autoregressive.models.text_condition import text_attention_mask
@@ -548,3 +554,12 @@ def test_tokens_appear_in_out_as_they_are_drawn(scale):
         assert torch.equal(then[:, : step + 1], tokens[:, : step + 1]) and (then[:, step + 1 :] == -1).all()
     with pytest.raises(ValueError, match=r"expected out int32 \(2, 6\)"):
         generate(model, torch.tensor([1, 2]), 6, out=torch.zeros(2, 5, dtype=torch.int32))
+
+
+def test_decoding_on_a_gpu_keeps_away_from_cudnn_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with decode_attention_backends(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with decode_attention_backends(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
