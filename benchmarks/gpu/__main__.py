@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from utils.args import make_parser
 from utils.errors import run
 
 AT_A_TIME = 5  # sections in which nothing is timed
+THREADS = 4  # of each of them for what it computes on the CPU, unless OMP_NUM_THREADS says otherwise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,10 +102,12 @@ def run_apart(section: Section, args: argparse.Namespace, deadline: float, secon
         return
     command = [sys.executable, "-m", "benchmarks.gpu", "--section", section.name, "--out", str(args.out)]
     command += ["--device", args.device, "--limit", f"{limit:.0f}", *["--tiny"] * args.tiny]
+    environment = dict(os.environ) if section.timed else {"OMP_NUM_THREADS": str(THREADS), **os.environ}
     started = time.monotonic()
     with (args.out / f"{section.name}.log").open("w") as log:
         try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit + 2).returncode
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+            code = subprocess.run(command, timeout=limit + 2, **options).returncode
         except subprocess.TimeoutExpired:
             code = None
     seconds = round(time.monotonic() - started, 1)

@@ -46,6 +46,13 @@ class Context:
         """Write down whether something that must hold does; the section goes on either way."""
         self.record(name, passed=bool(passed), **values)
 
+    def has_time(self, name: str, seconds: float, **values: Any) -> bool:
+        """Whether `seconds` are left for the part `name`; where they are not, it is written down as left out."""
+        left = self.seconds_left
+        if left < seconds:
+            self.record(name, **values, skipped=f"{max(left, 0.0):.0f} s left, needs {seconds:.0f}")
+        return left >= seconds
+
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
         """A part of a section: an exception inside is written down as a failed check, and the section goes on."""

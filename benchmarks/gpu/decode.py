@@ -48,8 +48,7 @@ def run(context: Context) -> None:
     """Time every case, and profile steps of the first model."""
     models: dict[tuple[str, int], Transformer] = {}
     for size, edge, batch, engine, quantize in _TINY if context.tiny else _CASES:
-        if context.seconds_left < 12:
-            context.record("left out", case=f"{size} {edge} px x{batch} {engine} {quantize}")
+        if not context.has_time("step", 12, case=f"{size} {edge} px x{batch} {engine} {quantize}"):
             continue
         if (size, edge) not in models:
             models.clear()

@@ -95,8 +95,7 @@ class Clock:
 
     def report(self, timing: Timing) -> None:
         """Record the time of a kernel with its floor and the library's time."""
-        if self.context.seconds_left < RESERVE_S:
-            self.context.record(timing.name, skipped="no time was left")
+        if not self.context.has_time(timing.name, RESERVE_S):
             return
         us, floor = self.microseconds(timing.make, timing.bytes), timing.bytes / self.bytes_per_s * 1e6
         values = {"us": us, "floor_us": floor, "share_of_copy_bandwidth": floor / us}
@@ -261,6 +260,8 @@ def sweep(context: Context, clock: Clock, shapes: Shapes, candidates: Callable[.
     if context.seconds_left > RESERVE_S:
         compile_together(context, [make for _, makes in made.values() for make in makes.values()])
     for name, (size, makes) in made.items():
+        if not context.has_time(f"{shapes.size} {name} sweep", RESERVE_S):
+            continue
         with context.attempt(f"{shapes.size} {name} sweep"):
             times = {}
             for config, make in makes.items():

@@ -27,16 +27,17 @@ Batch = tuple[Tensor, ...]
 IMAGES = 8
 NO_DROPOUT = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0"]
 CAPTION_POSITIONS, CAPTION_WIDTH = 12, 32
-RESERVE_S = 15.0  # what compiling may take; without it a part is left out
+COMPILING_S, PART_S = 15.0, 6.0  # what a part may take, with and without compiling; without it a part is left out
+CPU_STEPS = 6  # of a training whose losses are compared with the CPU's, which takes a second for each
 CPU = torch.device("cpu")
 
 
 class Trainings:
-    """Trainings of one size: 64 codes an image and 30 steps, or in the tiny program 16 codes and 6 steps."""
+    """Trainings of one size: 64 codes an image and 24 steps, or in the tiny program 16 codes and 6 steps."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.grid, self.codebook, self.steps = (4, 64, 6) if context.tiny else (8, 512, 30)
+        self.grid, self.codebook, self.steps = (4, 64, 6) if context.tiny else (8, 512, 24)
 
     def step(self, device: torch.device, *flags: str, texts: bool = False, guard: LossGuard | None = None) -> TrainStep:
         """A new training; `flags` come after those of the size."""
@@ -67,14 +68,17 @@ class Trainings:
             found.append(step(self.batches(number, **options), number)["loss"])
         return torch.stack(found).tolist()
 
-    def all_losses(self, device: torch.device, *flags: str, texts: bool = False, parts: int = 1) -> list[float]:
+    def all_losses(self, device: torch.device, *flags: str) -> list[float]:
         """The losses of a whole training."""
-        step = self.step(device, *flags, texts=texts)
-        return self.losses(step, range(1, self.steps + 1), texts=texts, parts=parts)
+        return self.losses(self.step(device, *flags), range(1, self.steps + 1))
+
+    def first_losses(self, device: torch.device, *flags: str, texts: bool = False, parts: int = 1) -> list[float]:
+        """The losses of the first `CPU_STEPS` steps of a training."""
+        return self.losses(self.step(device, *flags, texts=texts), range(1, CPU_STEPS + 1), texts=texts, parts=parts)
 
 
 def run(context: Context) -> None:
-    """Losses against the CPU, the guard, resuming; then what needs compiling."""
+    """Losses against the CPU, the guard, resuming, what needs compiling; at last the other optimizer."""
     if context.tiny:
         torch._dynamo.config.disable = True  # the flags are the same, without the minutes of compiling
     trainings = Trainings(context)
@@ -82,12 +86,17 @@ def run(context: Context) -> None:
         with context.attempt("float32"):
             check_float32(context, trainings)
         with context.attempt("guard"):
-            check_guard(context, trainings)
+            if context.has_time("guard", PART_S):
+                check_guard(context, trainings)
         for precision in ("fp32", "bf16"):
             with context.attempt(f"resume {precision}"):
-                check_resume(context, trainings, precision)
+                if context.has_time(f"resume {precision}", PART_S):
+                    check_resume(context, trainings, precision)
         with context.attempt("compiled"):
             check_compiled(context, trainings)
+        with context.attempt("muon"):
+            if context.has_time("muon learns", PART_S):
+                check_muon(context, trainings)
 
 
 def difference(losses: Sequence[float], expected: Sequence[float]) -> float:
@@ -105,14 +114,23 @@ def compare(context: Context, name: str, losses: list[float], expected: list[flo
 
 def check_float32(context: Context, trainings: Trainings) -> None:
     """Classes and captions on both devices, and two micro-batches in place of one batch."""
-    flags, device = ["--mixed-precision", "fp32", "--no-compile", "--ema", *NO_DROPOUT], context.device
-    on_cpu = trainings.all_losses(CPU, *flags)
-    compare(context, "losses of the CPU", trainings.all_losses(device, *flags), on_cpu, 1e-4)
-    compare(context, "two micro-batches", trainings.all_losses(device, *flags, parts=2), on_cpu, 1e-4)
-    texts = [trainings.all_losses(place, *flags, texts=True) for place in (device, CPU)]
-    compare(context, "losses of the CPU, captions", *texts, 1e-4)
-    muon = trainings.all_losses(device, *flags, "--optimizer", "muon")
-    context.check("muon learns", muon[-1] < muon[0], first_loss=muon[0], last_loss=muon[-1])
+    flags = ["--mixed-precision", "fp32", "--no-compile", "--ema", *NO_DROPOUT]
+    if not context.has_time("losses of the CPU", PART_S):
+        return
+    on_device, on_cpu = (trainings.first_losses(place, *flags) for place in (context.device, CPU))
+    compare(context, "losses of the CPU", on_device, on_cpu, 1e-4)
+    if context.has_time("losses of the CPU, captions", PART_S):
+        texts = [trainings.first_losses(place, *flags, texts=True) for place in (context.device, CPU)]
+        compare(context, "losses of the CPU, captions", *texts, 1e-4)
+    if context.has_time("two micro-batches", PART_S):
+        compare(context, "two micro-batches", trainings.first_losses(context.device, *flags, parts=2), on_cpu, 1e-4)
+
+
+def check_muon(context: Context, trainings: Trainings) -> None:
+    """The loss falls with the optimizer of matrices."""
+    flags = ["--mixed-precision", "fp32", "--no-compile", "--ema", *NO_DROPOUT, "--optimizer", "muon"]
+    losses = trainings.all_losses(context.device, *flags)
+    context.check("muon learns", losses[-1] < losses[0], first_loss=losses[0], last_loss=losses[-1])
 
 
 def check_guard(context: Context, trainings: Trainings) -> None:
@@ -171,6 +189,8 @@ def weights(step: TrainStep) -> Tensor:
 
 def check_compiled(context: Context, trainings: Trainings) -> None:
     """Compiled blocks, alone and with activations computed again, against eager ones."""
+    if not context.has_time("bf16 against fp32", PART_S):
+        return
     eager = {
         precision: trainings.all_losses(context.device, "--mixed-precision", precision, "--no-compile", *NO_DROPOUT)
         for precision in ("bf16", "fp32")
@@ -178,8 +198,7 @@ def check_compiled(context: Context, trainings: Trainings) -> None:
     compare(context, "bf16 against fp32", eager["bf16"], eager["fp32"], 1e-2)
     for precision, mode in (("bf16", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "selective")):
         name = f"compiled {precision}, activation checkpointing {mode}"
-        if context.seconds_left < RESERVE_S:
-            context.record(name, skipped="no time was left")
+        if not context.has_time(name, COMPILING_S):
             continue
         flags = ["--mixed-precision", precision, "--compile", "--activation-checkpointing", mode, *NO_DROPOUT]
         losses = trainings.all_losses(context.device, *flags)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ SIZE += ["--vocab-size", "64", "--global-batch-size", "4", "--num-workers", "0",
 SIZE += ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0"]
 SCHEDULE = ["--lr", "1e-3", "--lr-schedule", "constant", "--ckpt-every", "3"]
 EXACT, EAGER = ["--mixed-precision", "fp32"], ["--no-compile"]
-RESERVE_S = 15.0  # what compiling may take; without it a part is left out
+COMPILING_S, TRAINING_S = 15.0, 5.0  # what a training may take, with and without compiling; else it is left out
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Runs:
         """The losses in the log of a training, one a step."""
         return [entry["loss"] for entry in read_metrics(self.folder / name / "metrics.jsonl")]
 
+    def trained(self, *names: str) -> bool:
+        """Whether all these trainings came to their end."""
+        return all(self.checkpoint(name).exists() for name in names)
+
     def checkpoint(self, name: str, step: int = STEPS) -> Path:
         """The file or folder of a training's checkpoint after `step`."""
         folder = self.folder / name / "checkpoints" / f"{step:07d}"
@@ -67,8 +72,12 @@ class Runs:
 
 
 def run(context: Context) -> None:
-    """FSDP against DDP in float32, their checkpoints, then half precision and compiled blocks."""
-    with tempfile.TemporaryDirectory() as name, exact_float32():
+    """FSDP against DDP in float32, their checkpoints, then half precision and compiled blocks.
+
+    No training draws its curves: that would take longer than its steps.
+    """
+    no_curves = mock.patch("utils.trainer.draw_summary")
+    with tempfile.TemporaryDirectory() as name, exact_float32(), no_curves:
         runs = Runs(context, Path(name))
         runs.write_codes()
         with context.attempt("process group"):
@@ -118,9 +127,13 @@ def compare_losses(context: Context, name: str, losses: list[float], expected: l
 
 def check_losses(context: Context, runs: Runs) -> None:
     """Each sharded strategy has the losses, the weights and the EMA weights of DDP."""
+    if not context.has_time("losses of ddp", TRAINING_S):
+        return
     expected = runs.train("ddp", train_c2i, *EXACT, *EAGER)
     whole = checkpoint.read(runs.checkpoint("ddp"))
     for strategy in ("fsdp", "sdp", "hsdp"):
+        if not context.has_time(f"{strategy}: losses of ddp", TRAINING_S):
+            break
         losses = runs.train(strategy, train_c2i_fsdp, *EXACT, *EAGER, "--data-parallel", strategy)
         compare_losses(context, f"{strategy}: losses of ddp", losses, expected, 2e-5)
         sharded = checkpoint.read(runs.checkpoint(strategy))
@@ -133,6 +146,9 @@ def check_losses(context: Context, runs: Runs) -> None:
 
 def check_checkpoints(context: Context, runs: Runs) -> None:
     """A sharded checkpoint is whole; each kind of training continues from the other's after three steps."""
+    if not runs.trained("ddp", "fsdp"):
+        context.record("asynchronous checkpoints are whole", skipped="there are none")
+        return
     folder = runs.checkpoint("fsdp")
     left = [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
     context.check("asynchronous checkpoints are whole", not left, unfinished=left, files=len(list(folder.iterdir())))
@@ -141,6 +157,8 @@ def check_checkpoints(context: Context, runs: Runs) -> None:
     context.check("consolidated.pth", found == 0, largest_difference=found)
     expected = runs.losses("ddp")[3:]
     for name, command, source in (("ddp", train_c2i, "fsdp"), ("fsdp", train_c2i_fsdp, "ddp")):
+        if not context.has_time(f"{name} continues {source}", TRAINING_S):
+            break
         given = ["--gpt-ckpt", str(runs.checkpoint(source, 3))]
         losses = runs.train(f"{name} from {source}", command, *EXACT, *EAGER, *given)
         compare_losses(context, f"{name} continues {source}", losses, expected, 2e-5)
@@ -152,6 +170,8 @@ def check_fp16(context: Context, runs: Runs) -> None:
         context.record("fp16", skipped="needs a GPU")
         return
     for name, command in (("ddp", train_c2i), ("fsdp", train_c2i_fsdp)):
+        if not context.has_time(f"{name}: fp16", TRAINING_S):
+            break
         losses = runs.train(f"{name} fp16", command, "--mixed-precision", "fp16", *EAGER)
         scaler = checkpoint.read(runs.checkpoint(f"{name} fp16")).get("scaler", {})
         finite = len(losses) == STEPS and bool(np.isfinite(losses).all())
@@ -161,11 +181,15 @@ def check_fp16(context: Context, runs: Runs) -> None:
 
 def check_bf16(context: Context, runs: Runs) -> None:
     """The losses of FSDP and DDP in bf16, eager and, on a GPU, compiled with selective checkpointing."""
+    if not context.has_time("fsdp: bf16 losses of ddp", 2 * TRAINING_S):
+        return
     expected = runs.train("ddp bf16", train_c2i, "--mixed-precision", "bf16", *EAGER)
     losses = runs.train("fsdp bf16", train_c2i_fsdp, "--mixed-precision", "bf16", *EAGER)
     compare_losses(context, "fsdp: bf16 losses of ddp", losses, expected, 2e-2)
-    if context.device.type != "cuda" or context.seconds_left < RESERVE_S:
-        context.record("fsdp compiled", skipped="needs a GPU and time to compile")
+    if context.device.type != "cuda":
+        context.record("fsdp compiled", skipped="needs a GPU")
+        return
+    if not context.has_time("fsdp compiled", COMPILING_S):
         return
     flags = ["--mixed-precision", "bf16", "--compile", "--activation-checkpointing", "selective"]
     losses = runs.train("fsdp compiled", train_c2i_fsdp, *flags)

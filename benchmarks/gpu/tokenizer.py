@@ -104,8 +104,7 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
     with arithmetic(context.device.type, "fp32"):
         exact = model.decode(latents[:2])
     for variant in variants:
-        if context.seconds_left < (_COMPILING if variant.compiled else 3):
-            context.record("decode", image_size=size, batch=batch, skipped=f"{context.seconds_left:.0f} s left")
+        if not context.has_time("decode", _COMPILING if variant.compiled else 3, image_size=size, batch=batch):
             continue
         with context.attempt(f"decode, {size} px, batch {batch}, {variant}"):
             decode = _decoder(context, model, variant)
@@ -116,7 +115,8 @@ def decode_variants(context: Context, model: VQModel, size: int, batch: int, var
             del decode
     paths = _own_paths(context, model, codes, variants is _COMPILED)
     for name, path in paths.items():
-        if context.seconds_left > 3:
+        needed = _COMPILING if variants is _COMPILED else 3
+        if context.has_time("decode", needed, image_size=size, batch=batch, precision=name):
             psnr, milliseconds = _psnr(path()[:2], exact), seconds_bound(context, path)
             _record_decode(context, size, batch, Variant(name, channels_last=None), milliseconds, psnr)
 

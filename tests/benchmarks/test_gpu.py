@@ -6,13 +6,17 @@ import json
 import math
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.gpu import engines, goldens, kernel_times, kernels, optimization, sharded
+from benchmarks.gpu import engines, evaluator, goldens, kernel_times, kernels, optimization, sharded
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.sections import SECTIONS
@@ -27,6 +31,15 @@ from benchmarks.gpu.context import Context
 right = rope.apply_rotary_emb
 rope.apply_rotary_emb = lambda x, table: right(x, table) * 1.01
 goldens.run_tests(Context("goldens", torch.device("cpu"), Path(sys.argv[1]), tiny=True))
+"""
+
+NO_TIME = """
+import importlib, sys, torch
+from pathlib import Path
+from benchmarks.gpu.context import Context
+for name in sys.argv[2:]:
+    context = Context(name, torch.device("cpu"), Path(sys.argv[1]), tiny=True, seconds=0.0)
+    importlib.import_module(f"benchmarks.gpu.{name}").run(context)
 """
 
 
@@ -115,6 +128,67 @@ def test_a_section_that_gets_no_time_is_a_failed_check(tmp_path):
     done = run("-m", "benchmarks.gpu", *flags)
     assert done.returncode == 1
     assert records(tmp_path)["ran"]["error"] == "no time was left"
+
+
+@pytest.mark.slow
+def test_what_there_is_no_time_for_is_left_out_and_not_failed(tmp_path):
+    done = run("-c", NO_TIME, tmp_path, "evaluator", "engines", "goldens", "optimization", "sharded")
+    assert done.returncode == 0, done.stderr
+    found = records(tmp_path)
+    assert [name for name, record in found.items() if record.get("passed") is False] == []
+    left_out = {name for name, record in found.items() if "skipped" in record}
+    assert left_out >= {
+        "frechet distance", "frechet distance: equal on all devices", "inception, as the evaluator", "inception",
+        "eager: classes", "eager: bfloat16", "compiled: int8", "gpt.rope_apply", "losses of the CPU",
+        "guard", "resume fp32", "bf16 against fp32", "muon learns", "losses of ddp",
+        "asynchronous checkpoints are whole", "fsdp: bf16 losses of ddp",
+    }  # fmt: skip
+
+
+def test_distances_are_compared_where_all_were_measured(tmp_path):
+    here, devices = context(tmp_path), ["cuda", "cpu"]
+    for name, found in {
+        "none": {}, "one": {"cuda": 3.0}, "equal": {"cuda": 3.0, "cpu": 3.00001},
+        "other": {"cuda": 3.0, "cpu": 3.0001}, "nan": {"cuda": 3.0, "cpu": math.nan},
+    }.items():  # fmt: skip
+        (tmp_path / "records.jsonl").write_text("")
+        evaluator.compare_distances(here, found, devices)
+        record = records(tmp_path)["frechet distance: equal on all devices"]
+        outcome = record.get("passed", record.get("skipped"))
+        missing = {"none": "not measured on cuda, cpu", "one": "not measured on cpu"}
+        assert outcome == missing.get(name, name == "equal"), name
+
+
+def test_a_command_that_is_ended_early_had_no_time_and_one_that_had_enough_hangs(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    here = Context("test", torch.device("cpu"), tmp_path, seconds=kernels.RESERVE_S + 0.5)
+    kernels.run_command(here, "not begun", command)
+    monkeypatch.setattr(kernels, "START_S", 0.0)
+    kernels.run_command(replace(here, started=time.perf_counter()), "ended", command)
+    monkeypatch.setattr(kernels, "LONGEST_S", 0.1)
+    kernels.run_command(replace(here, started=time.perf_counter()), "hangs", command)
+    kernels.run_command(replace(here, started=time.perf_counter()), "wrong", [sys.executable, "-c", "1 / 0"])
+    found = records(tmp_path)
+    assert "skipped" in found["not begun"] and "skipped" in found["ended"]
+    assert "passed" not in found["not begun"] and "passed" not in found["ended"]
+    assert found["hangs"]["passed"] is found["wrong"]["passed"] is False and "ended after" in found["hangs"]["error"]
+
+
+def test_time_that_is_not_there_is_written_down(tmp_path):
+    here = Context("test", torch.device("cpu"), tmp_path, seconds=100.0)
+    assert here.has_time("short", 50.0) and not (tmp_path / "records.jsonl").exists()
+    assert not here.has_time("long", 200.0, batch=8)
+    record = records(tmp_path)["long"]
+    assert record["batch"] == 8 and record["skipped"].endswith("s left, needs 200") and "passed" not in record
+
+
+def test_large_goldens_come_last(tmp_path):
+    names = ["test_full_size[vq8_full]", "test_b[small]", "test_generation[gpt_b_c2i_generate]", "test_a[small]"]
+    entry = {"kind": "some"}
+    items = [SimpleNamespace(name=name, entry=entry) for name in names]
+    with mock.patch.object(goldens, "_entry", lambda item: item.entry):
+        goldens.OnDevice(context(tmp_path)).pytest_collection_modifyitems(items)
+    assert [item.name for item in items] == [names[1], names[3], names[0], names[2]]
 
 
 def test_sections_are_timed_alone_and_named_once():
