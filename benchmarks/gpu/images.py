@@ -13,10 +13,10 @@ from autoregressive.models.engine import Engine
 from autoregressive.sample import sample_c2i
 from autoregressive.sample.classes import ClassNames
 from autoregressive.sample.painter import Painter, class_subjects
-from autoregressive.sample.pipeline import engine_name
+from autoregressive.sample.pipeline import engine_name, make_decoder
 from benchmarks.gpu.context import Context
 from tokenizer.build import build_tokenizer
-from tokenizer.coding import decode_codes, layout_of
+from tokenizer.coding import ImageDecoder, layout_of
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.flops import block_weights, cache_bytes, head_weights
 from utils.image import save_png, to_uint8
@@ -26,18 +26,22 @@ _SPARE_GB = 8.0  # for activations, captured graphs and the tokenizer
 
 
 def run(context: Context) -> None:
-    """Small batch with compilation and again without, then the large one."""
+    """Small batch with compilation and again without, then the large one; then all with a decoder in bf16."""
     allow_tf32()
     args = sampler_args(context)
     engine, tokenizer = random_models(args, context.device)
     small, large = (8, 256) if not context.tiny else (2, 3)
-    for batch, first in ((small, True), (small, False), (large, True), (large, False)):
-        with context.attempt(f"images, batch {batch}"):
-            reason = _reason_to_skip(context, engine.model.config, batch, first)
-            if reason:
-                context.record(f"images, batch {batch}", skipped=reason)
-            else:
-                _sample(context, args, engine, tokenizer, batch, first)
+    for precision in ("none", "bf16"):
+        args.decode_precision = precision
+        decode = make_decoder(args, tokenizer)
+        for batch, first in ((small, True), (small, False), (large, True), (large, False)):
+            name = f"images, batch {batch}, decoder {precision}"
+            with context.attempt(name):
+                reason = _reason_to_skip(context, engine.model.config, batch, first)
+                if reason:
+                    context.record(name, skipped=reason)
+                else:
+                    _sample(context, args, engine, decode, batch, first)
 
 
 def sampler_args(context: Context) -> argparse.Namespace:
@@ -74,7 +78,7 @@ def _reason_to_skip(context: Context, config: ModelArgs, batch: int, first: bool
 
 
 def _sample(
-    context: Context, args: argparse.Namespace, engine: Engine, tokenizer: VQModel, batch: int, first: bool
+    context: Context, args: argparse.Namespace, engine: Engine, decode: ImageDecoder, batch: int, first: bool
 ) -> None:
     """Sample `batch` images of as many classes and record how long both halves took."""
     args = argparse.Namespace(**{**vars(args), "batch_size": batch})
@@ -83,17 +87,18 @@ def _sample(
         args,
         class_subjects(ids, ClassNames(args.num_classes)),
         lambda numbers, on_token: sample_c2i.codes_of(numbers, engine, ids, args, on_token),
-        lambda codes: decode_codes(tokenizer, codes),
+        decode,
         engine.block_size,
     )
     context.reset_peak()
     images = painter.paint()
     seconds = painter.sampling_seconds + painter.decoding_seconds
     context.record(
-        "images", batch=batch, includes_compiling=first, images_per_s=batch / seconds,
+        "images", batch=batch, decode_precision=args.decode_precision, includes_compiling=first,
+        images_per_s=batch / seconds,
         tokens_seconds=painter.sampling_seconds, ms_per_token=1e3 * painter.sampling_seconds / engine.block_size,
         vq_seconds=painter.decoding_seconds, vq_ms_per_image=1e3 * painter.decoding_seconds / batch,
         peak_gb=context.peak_memory_gb(),
     )  # fmt: skip
-    context.check(f"images, batch {batch}, finite", bool(images.isfinite().all()), shape=list(images.shape))
+    context.check(f"images, batch {batch}, decoder {args.decode_precision}, finite", bool(images.isfinite().all()), shape=list(images.shape))
     save_png(to_uint8(images[:1])[0], context.out / f"image-{batch}.png")

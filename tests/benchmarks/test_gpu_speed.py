@@ -24,7 +24,7 @@ EXPECTED = {  # names of records, each with values that it must have
     "probe": {"ceilings": "product_tflops", "attention": "kernels", "versions": "torch", "process group": "backend",
               "attention causal, head_dim 100: values": "error",
               "attention decode, mask, head_dim 100: values": "error"},
-    "images": {"images": "vq_ms_per_image", "images, batch 3, finite": "shape"},
+    "images": {"images": "vq_ms_per_image", "images, batch 3, decoder bf16, finite": "shape"},
     "training": {"training": "ms_per_step", "profile": "idle_share", "GPT-XS, eager: losses": "losses",
                  "GPT-XS, compiled, --residual-dtype compute: losses": "losses"},
     "tokenizer": {"decode": "psnr_db", "encode": "share_of_equal_codes", "training step": "images_per_s",
