@@ -100,5 +100,9 @@ def _sample(
         vq_seconds=painter.decoding_seconds, vq_ms_per_image=1e3 * painter.decoding_seconds / batch,
         peak_gb=context.peak_memory_gb(),
     )  # fmt: skip
-    context.check(f"images, batch {batch}, decoder {args.decode_precision}, finite", bool(images.isfinite().all()), shape=list(images.shape))
+    context.check(
+        f"images, batch {batch}, decoder {args.decode_precision}, finite",
+        bool(images.isfinite().all()),
+        shape=list(images.shape),
+    )
     save_png(to_uint8(images[:1])[0], context.out / f"image-{batch}.png")
