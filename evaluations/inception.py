@@ -34,8 +34,8 @@ class Inception:
 
     `path` is the frozen graph. `comparable` is true for the published file alone (known by its hash): the Frechet
     distance of any other weights is no FID. Such a file must have the published layers, in any width. `memory_format`
-    is that of weights and feature maps; None: channels last on a CPU, and first on a GPU, which computes float32 without
-    TF32 a fifth faster so (docs/results.md).
+    is that of weights and feature maps; None: channels last on a CPU, and first on a GPU, which is a fifth faster so in
+    float32 without TF32 (docs/results.md).
 
     Raises:
         FileNotFoundError, GraphFileError: when `path` cannot be read or is another network.
