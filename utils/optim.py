@@ -139,9 +139,11 @@ class Optimizers:
         return whole(nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else float("inf")))
 
     def apply(self, scaler: torch.amp.GradScaler) -> None:
-        """Step with the gradients that `clip` left, and clear them."""
-        for member in self.members:
-            scaler.step(member)
+        """Step with the gradients that `clip` left, and clear them; where an overflow stops one member, all stop."""
+        # the scaler judges each member by its own gradients, but those of all were clipped by a norm that overflowed
+        if len(self.members) == 1 or not scaler.is_enabled() or self.norm().isfinite():
+            for member in self.members:
+                scaler.step(member)
         self.discard(scaler)
 
     def discard(self, scaler: torch.amp.GradScaler) -> None:

@@ -184,6 +184,20 @@ def test_optimizers_refuse_the_state_of_other_optimizers():
         one.load_state_dict(two.state_dict())
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_a_gradient_that_overflows_in_one_optimizer_keeps_the_others_from_stepping(max_norm):
+    layer, optimizers = two_optimizers()
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=4.0), copy.deepcopy(layer.state_dict())
+    scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    layer.bias.grad[1] = float("inf")
+    optimizers.update(scaler, max_norm)
+    assert scaler.get_scale() == 2.0 and layer.weight.grad is None
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    optimizers.update(scaler, max_norm)
+    assert not torch.equal(layer.weight, before["weight"]) and layer.weight.isfinite().all()
+
+
 def steps(update, max_norm: float, count: int = 4) -> tuple[nn.Linear, Optimizers]:
     """A layer and its optimizer after `count` steps with gradients of norms around one."""
     torch.manual_seed(0)
