@@ -8,15 +8,17 @@ tokenizer's weights are convolutions, hence this one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from utils.sharded import like_sharded, whole
+from utils.sharded import like_sharded, local, whole
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_GATHERED = 8  # sharded matrices that are whole at the same time
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -40,6 +42,9 @@ class Muon(torch.optim.Optimizer):
 
     A convolution kernel (O, I, h, w) counts as the matrix (O, I*h*w). The update is scaled by 0.2 * sqrt(max(rows,
     columns)), which gives it the size of an AdamW update, so both can share a learning rate.
+
+    Of sharded weights the momentum stays sharded. What is to be orthogonalised is gathered, a few matrices at a time;
+    every process computes the same updates, and applies its shard of them.
     """
 
     def __init__(
@@ -52,25 +57,33 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step. Matrices of one shape are orthogonalised together."""
+        """One step. Matrices of one shape are orthogonalised together. With sharded weights all processes call this."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape[0], p[0].numel()].append(p)
-            for (rows, columns), weights in by_shape.items():
-                momenta = torch.stack([self._nesterov(p, group["momentum"]) for p in weights])
-                updates = orthogonalize(momenta)
-                scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-                for p, update in zip(weights, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-scale)
+                    by_shape[p.shape[0], p.numel() // p.shape[0]].append(p)
+            for weights in by_shape.values():
+                size = _GATHERED if isinstance(weights[0], DTensor) else len(weights)
+                for first in range(0, len(weights), size):
+                    self._update(weights[first : first + size], group)
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Update weights of one shape."""
+        momenta = [self._nesterov(p, group["momentum"]).to(_working_dtype(p)) for p in weights]
+        updates = orthogonalize(torch.stack([whole(momentum).flatten(1) for momentum in momenta]))
+        scale = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
+        for p, update in zip(weights, updates):
+            own = local(like_sharded(update.view(p.shape), p))
+            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(own, alpha=-scale)
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        """What the update is made of, like the gradient and sharded as it is."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum).reshape(p.shape[0], -1)
+        return p.grad.lerp(average, momentum)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -79,7 +92,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Singular values end near 1 (between about 0.7 and 1.2). Works in bf16 on GPUs and float32 on CPUs.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(_working_dtype(matrices))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -87,6 +100,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+def _working_dtype(matrices: Tensor) -> torch.dtype:
+    return torch.bfloat16 if matrices.is_cuda else torch.float32
 
 
 class Optimizers:
@@ -122,9 +139,11 @@ class Optimizers:
         return whole(nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else float("inf")))
 
     def apply(self, scaler: torch.amp.GradScaler) -> None:
-        """Step with the gradients that `clip` left, and clear them."""
-        for member in self.members:
-            scaler.step(member)
+        """Step with the gradients that `clip` left, and clear them; where an overflow stops one member, all stop."""
+        # the scaler judges each member by its own gradients, but those of all were clipped by a norm that overflowed
+        if len(self.members) == 1 or not scaler.is_enabled() or self.norm().isfinite():
+            for member in self.members:
+                scaler.step(member)
         self.discard(scaler)
 
     def discard(self, scaler: torch.amp.GradScaler) -> None:
@@ -175,9 +194,24 @@ class Optimizers:
         states = [member.state_dict() for member in self.members]
         return states[0] if len(states) == 1 else {"members": states}
 
+    def parameter_at(self, path: Sequence[str]) -> Tensor | None:
+        """The parameter of a tensor in `state_dict`, whose keys are `path`; None if no parameter has it.
+
+        With one member they are ("state", "7", "exp_avg"), with several ("members", "0", "state", "7", "exp_avg").
+        """
+        number, rest = (int(path[1]), path[2:]) if path[0] == "members" else (0, path)
+        groups = self.members[number].param_groups if number < len(self.members) else []
+        parameters = [p for group in groups for p in group["params"]]
+        return parameters[int(rest[1])] if rest[0] == "state" and int(rest[1]) < len(parameters) else None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the moments; learning rates, decay and betas stay as this run's command gave them."""
+        """Restore the moments; learning rates, decay and betas stay as this run's command gave them.
+
+        ``members`` may also be a dict from their numbers, as a sharded checkpoint has it.
+        """
         states = state.get("members", [state])
+        if isinstance(states, Mapping):
+            states = [states[number] for number in sorted(states)]
         if len(states) != len(self.members):
             raise ValueError(
                 f"the checkpoint was trained with {len(states)} optimizer(s), this command uses {len(self.members)}; "

@@ -106,10 +106,10 @@ class Saver:
         part, target = self.stateful[path[0]], None
         if isinstance(part, nn.Module):
             target = part.state_dict().get(path[1])
-        elif isinstance(part, Optimizers) and path[1] == "state":
-            target = part.parameters[int(path[2])].detach() if int(path[2]) < len(part.parameters) else None
+        elif isinstance(part, Optimizers):
+            target = part.parameter_at(path[1:])
         fits = target is not None and target.shape == shape
-        return torch.empty_like(target, dtype=dtype) if fits else torch.empty(shape, dtype=dtype)
+        return torch.empty_like(target.detach(), dtype=dtype) if fits else torch.empty(shape, dtype=dtype)
 
     def _restore(self, name: str, part: Any, content: Mapping[str, Any], source: Any, suggest: Any) -> None:
         if content.get(name) and name != "model":

@@ -129,7 +129,13 @@ def _causes(failure: BaseException) -> list[BaseException]:
 
 
 def split(content: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], Any]:
-    """The tensors in nested dicts by their path, and the same nesting without them (lists stay as they are)."""
+    """The tensors in nested dicts by their path, and the same nesting without them.
+
+    Lists stay as they are, but with tensors inside they turn into dicts from "0", "1", ...
+    """
+    if isinstance(content, list):
+        tensors, plain = split(dict(enumerate(content)), path)
+        return (tensors, plain) if tensors else ({}, content)
     if not isinstance(content, Mapping):
         return {}, content
     tensors, plain = {}, {}
@@ -143,7 +149,7 @@ def split(content: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], 
 
 
 def read(folder: str | Path, like: Like | None = None, parts: Collection[str] | None = None) -> dict[str, Any]:
-    """The content that was written, nested as it was, on the CPU and whole.
+    """The content that was written, nested as it was (but for the lists of `split`), on the CPU and whole.
 
     `like` gives the tensor to read into, from a path, its whole shape and dtype: a sharded one is filled with its
     shard. `parts` are the outermost names to read.

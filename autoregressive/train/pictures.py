@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.train.inputs import Inputs
-from autoregressive.train.validation import reshard
+from autoregressive.train.live_sampling import LiveSampler
 from tokenizer.coding import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.distributed import is_main
-from utils.precision import autocast
 from utils.seeding import mix_seed
 
 
@@ -53,38 +51,34 @@ class SamplePictures:
         everywhere: bool,
     ) -> None:
         self.models, self.tokenizer, self.conditions, self.text = models, tokenizer, conditions, text
-        self.precision, self.seed, self.cfg_scale, self.everywhere = precision, seed, cfg_scale, everywhere
+        self.seed, self.everywhere = seed, everywhere
+        self._sampler = LiveSampler(precision, cfg_scale, sharded=everywhere)
 
     def __call__(self) -> dict[str, Tensor]:
         """Name of each set of weights -> pictures (n, 3, H, W) in [-1, 1]."""
         if not (is_main() or self.everywhere):
             return {}
-        return {name: self._draw(model) for name, model in self.models.items()}
+        return {name: self._all(model) for name, model in self.models.items()}
 
-    def _draw(self, model: Transformer) -> Tensor:
-        return self.draw(model, list(range(len(self.conditions))))
+    def _all(self, model: Transformer) -> Tensor:
+        with self.sampling(model) as sample:
+            return sample(list(range(len(self.conditions))))
 
-    @torch.no_grad()
-    def draw(self, model: Transformer, numbers: list[int]) -> Tensor:
-        """The pictures (n, 3, H, W) of the conditions with these numbers, each from a seed of its own."""
-        device = self.conditions.device
-        seeds = [mix_seed(self.seed, number) for number in numbers]
-        with eagerly(), autocast(device, self.precision):
-            codes = generate(
-                model,
-                self.conditions[numbers],
-                model.block_size,
-                emb_masks=None if self.text is None else self.text[numbers],
-                cfg_scale=self.cfg_scale,
-                generators=[torch.Generator(device).manual_seed(seed) for seed in seeds],
-            )
-        reshard(model)
-        return decode_codes(self.tokenizer, codes)
+    @contextlib.contextmanager
+    def sampling(self, model: Transformer) -> Iterator[Callable[[list[int]], Tensor]]:
+        """Inside, a function from numbers of conditions to their images (n, 3, H, W), each from a seed of its own.
 
+        The weights of `model` must not change inside.
+        """
+        with self._sampler.sampling(model) as sample_codes:
 
-def eagerly() -> contextlib.AbstractContextManager:
-    """Inside, compiled blocks run without compilation: drawing has a new shape at every token."""
-    return torch.compiler.set_stance("force_eager")
+            @torch.no_grad()
+            def sample(numbers: list[int]) -> Tensor:
+                seeds = [mix_seed(self.seed, number) for number in numbers]
+                text = None if self.text is None else self.text[numbers]
+                return decode_codes(self.tokenizer, sample_codes(self.conditions[numbers], seeds, text))
+
+            yield sample
 
 
 def spread_labels(classes: int, count: int, device: torch.device) -> Tensor:

@@ -43,10 +43,12 @@ class SampleMonitor:
         if network is None:
             raise ValueError("--eval-samples needs a feature network; the line above says which there are")
         self.count = len(drawing.conditions)
-        self.prefix, model = ("", step.model) if step.ema is None else ("ema_", step.ema)
+        self.prefix, self._model = ("", step.model) if step.ema is None else ("ema_", step.ema)
+        self._images: Callable[[list[int]], Tensor]  # of `drawing`, while the monitor asks for them
+        self._drawing = drawing
 
         def draw(numbers: list[int]) -> Tensor:
-            return to_uint8(drawing.draw(model, numbers))
+            return to_uint8(self._images(numbers))
 
         def read(numbers: list[int]) -> Tensor:
             return torch.cat(list(real.batches(range(numbers[0], numbers[-1] + 1), len(numbers))))
@@ -55,7 +57,9 @@ class SampleMonitor:
 
     def __call__(self) -> dict[str, float]:
         names = {"FID": f"FID-{self.count}"}
-        return {f"{self.prefix}{names.get(name, name)}": value for name, value in self._monitor().items()}
+        with self._drawing.sampling(self._model) as self._images:
+            values = self._monitor()
+        return {f"{self.prefix}{names.get(name, name)}": value for name, value in values.items()}
 
 
 def equal_shares(count: int) -> int:

@@ -143,7 +143,5 @@ def make_optimizers(model: Transformer, args: argparse.Namespace, device: torch.
     betas, named = (args.beta1, args.beta2), list(model.named_parameters())
     if args.optimizer == "adamw":
         return Optimizers(adamw(decay_groups(named, args.weight_decay), args.lr, betas, device))
-    if args.data_parallel != "ddp":
-        raise ValueError("--optimizer muon needs whole matrices and works with --data-parallel ddp alone")
     hidden = {id(p) for p in model.layers.parameters() if p.dim() >= 2}
     return muon_and_adamw(named, lambda _, p: id(p) in hidden, args.lr, args.weight_decay, betas, device)

@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from autoregressive.models.gpt import ModelArgs, Transformer
 from tests import golden
+from tests.processes import in_processes
+from utils.distributed import process_group
 from utils.ema import update_ema
 from utils.optim import Muon, Optimizers, adamw, decay_groups, orthogonalize
+from utils.sharded import local, whole
 
 CPU = torch.device("cpu")
 
@@ -108,6 +113,49 @@ def test_muon_refuses_vectors():
         Muon([nn.Parameter(torch.zeros(3))])
 
 
+SHAPES = [*[(5, 4)] * 9, (1, 6), (4, 6)]  # more of one shape than are gathered together; shards of unequal size
+
+
+def steps_of_muon(sharded):
+    """Whole weights and shapes of the local momenta, after two steps with gradients from fixed seeds."""
+    generator = torch.Generator().manual_seed(0)
+    with process_group("cpu"):
+        mesh = init_device_mesh("cpu", (2,)) if sharded else None
+
+        def placed():
+            values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+            return [distribute_tensor(value, mesh, [Shard(0)]) for value in values] if sharded else values
+
+        weights = [nn.Parameter(value) for value in placed()]
+        muon = Muon(weights, lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            for p, gradient in zip(weights, placed()):
+                p.grad = gradient
+            muon.step()
+        shapes = [tuple(local(muon.state[p]["momentum_buffer"]).shape) for p in weights]
+        return [whole(p.detach()).tolist() for p in weights], shapes
+
+
+def test_muon_of_shards_is_muon_of_whole_matrices():
+    (expected, _), (first, shapes), (second, others) = [
+        *in_processes(1, steps_of_muon, False), *in_processes(2, steps_of_muon, True)
+    ]  # fmt: skip
+    assert shapes == [*[(3, 4)] * 9, (1, 6), (2, 6)] and others == [*[(2, 4)] * 9, (0, 6), (2, 6)]
+    for found in (first, second):
+        for value, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(right), atol=1e-5, rtol=1e-5)
+
+
+def test_the_parameter_of_a_state_is_found_by_its_path():
+    layer, two = two_optimizers()
+    assert two.parameter_at(("members", "0", "state", "0", "momentum_buffer")) is layer.weight
+    assert two.parameter_at(("members", "1", "state", "0", "exp_avg")) is layer.bias
+    assert two.parameter_at(("members", "1", "state", "1", "exp_avg")) is None
+    assert two.parameter_at(("members", "2", "state", "0", "exp_avg")) is None
+    one = Optimizers(adamw([{"params": list(layer.parameters())}], 0.1, (0.9, 0.95), CPU))
+    assert one.parameter_at(("state", "1", "exp_avg")) is layer.bias
+
+
 def two_optimizers(lr: float = 0.1) -> tuple[nn.Linear, Optimizers]:
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
@@ -134,6 +182,20 @@ def test_optimizers_refuse_the_state_of_other_optimizers():
     one = Optimizers(adamw(decay_groups(layer.named_parameters(), 0.0), 0.1, (0.9, 0.95), CPU))
     with pytest.raises(ValueError, match="--optimizer"):
         one.load_state_dict(two.state_dict())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_a_gradient_that_overflows_in_one_optimizer_keeps_the_others_from_stepping(max_norm):
+    layer, optimizers = two_optimizers()
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=4.0), copy.deepcopy(layer.state_dict())
+    scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    layer.bias.grad[1] = float("inf")
+    optimizers.update(scaler, max_norm)
+    assert scaler.get_scale() == 2.0 and layer.weight.grad is None
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    optimizers.update(scaler, max_norm)
+    assert not torch.equal(layer.weight, before["weight"]) and layer.weight.isfinite().all()
 
 
 def steps(update, max_norm: float, count: int = 4) -> tuple[nn.Linear, Optimizers]:

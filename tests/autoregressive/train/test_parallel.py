@@ -56,6 +56,11 @@ def alone(codes, tmp_path_factory):
     return run(train_c2i, 1, codes, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def alone_with_muon(codes, tmp_path_factory):
+    return run(train_c2i, 1, codes, tmp_path_factory.mktemp("muon"), "--optimizer", "muon")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -83,6 +88,16 @@ def test_two_ddp_processes_train_as_one(flags, alone, codes, tmp_path):
 def test_fsdp_trains_as_ddp(flags, alone, codes, tmp_path):
     other = run(train_c2i_fsdp, 2, codes, tmp_path, "--mixed-precision", "fp32", *flags)
     assert_equal_training(alone, other)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["fsdp"], ["sdp", "--gradient-accumulation-steps", "2"], ["hsdp", "--shard-size", "1"]],
+    ids=lambda flags: flags[0],
+)
+def test_muon_updates_sharded_matrices_as_whole_ones(flags, alone_with_muon, codes, tmp_path):
+    sharded = ["--optimizer", "muon", "--mixed-precision", "fp32", "--data-parallel", *flags]
+    assert_equal_training(alone_with_muon, run(train_c2i_fsdp, 2, codes, tmp_path, *sharded))
 
 
 def test_the_residual_stream_is_in_the_format_that_was_asked_for():

@@ -22,6 +22,7 @@ from utils.logger import read_metrics
 
 NO_CHANCE = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0"]
 FP32 = ["--mixed-precision", "fp32"]
+MUON = ["--optimizer", "muon"]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +52,25 @@ def newest(folder):
 def assert_same(one, other, **tolerance):
     for part in ("model", "ema"):
         torch.testing.assert_close(one[part], other[part], **tolerance)
-    for index, state in one["optimizer"]["state"].items():
-        torch.testing.assert_close(other["optimizer"]["state"][index], state, **tolerance)
+    for state, expected in zip(states(other), states(one), strict=True):
+        torch.testing.assert_close(state, expected, **tolerance)
 
 
-@pytest.mark.parametrize("command", [train_c2i, train_c2i_fsdp], ids=["ddp", "fsdp"])
-def test_bit_equal_with_dropout_when_nothing_changes(command, codes, tmp_path):
+def states(content):
+    """The states of all optimizers by number of the parameter; a sharded checkpoint has the optimizers by number."""
+    members = content["optimizer"].get("members", [content["optimizer"]])
+    return [member["state"] for member in (members.values() if isinstance(members, dict) else members)]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [(train_c2i, []), (train_c2i_fsdp, []), (train_c2i_fsdp, MUON)],
+    ids=["ddp", "fsdp", "fsdp-muon"],
+)
+def test_bit_equal_with_dropout_when_nothing_changes(command, flags, codes, tmp_path):
     """Bit-equal, not only close: draws, data, moments, averages and schedule are where they were."""
     for folder, steps in (("whole", 6), ("parts", 2), ("parts", 6)):
-        run(command, 2, codes, tmp_path / folder, steps)
+        run(command, 2, codes, tmp_path / folder, steps, *flags)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same(newest(tmp_path / "whole"), newest(tmp_path / "parts"), atol=0, rtol=0)
 
@@ -77,6 +88,17 @@ def test_two_processes_then_one_then_two(commands, codes, tmp_path):
         run(command, world, codes, tmp_path / "many", steps, *NO_CHANCE, *exact)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), abs=2e-5)
     assert_same(newest(tmp_path / "one"), newest(tmp_path / "many"), atol=3e-5, rtol=1e-3)
+
+
+def test_muon_continues_sharded_then_whole_then_sharded(codes, tmp_path):
+    run(train_c2i, 1, codes, tmp_path / "one", 3, *NO_CHANCE, *MUON)
+    for command, world, steps in ((train_c2i_fsdp, 2, 1), (train_c2i, 1, 2), (train_c2i_fsdp, 2, 3)):
+        exact = FP32 if command is train_c2i_fsdp else []
+        run(command, world, codes, tmp_path / "many", steps, *NO_CHANCE, *MUON, *exact)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), abs=2e-5)
+    one, many = newest(tmp_path / "one"), newest(tmp_path / "many")
+    assert_same(one, many, atol=3e-5, rtol=1e-3)
+    assert {name for state in states(many)[0].values() for name in state} == {"momentum_buffer"}
 
 
 @pytest.fixture(scope="module")
@@ -241,13 +263,16 @@ def test_tensors_are_split_from_plain_values():
             "state": {0: {"step": torch.tensor(2.0)}, 10: {"exp_avg": torch.ones(2, 2)}},
             "groups": [{"lr": 1}],
         },
+        "members": [{"state": {0: {"momentum": torch.ones(3)}}, "groups": [{"lr": 2}]}, {"groups": [{"lr": 3}]}],
         "guard": {"recent": [1.0, 2.0]},
         "steps": 7,
     }
     tensors, plain = sharded_files.split(content)
-    assert set(tensors) == {"model/a.weight", "optimizer/state/0/step", "optimizer/state/10/exp_avg"}
+    assert set(tensors) == {"model/a.weight", "optimizer/state/0/step", "optimizer/state/10/exp_avg",
+                            "members/0/state/0/momentum"}  # fmt: skip
     assert json.loads(json.dumps(plain)) == {
         "model": {}, "optimizer": {"state": {"0": {}, "10": {}}, "groups": [{"lr": 1}]},
+        "members": {"0": {"state": {"0": {}}, "groups": [{"lr": 2}]}, "1": {"groups": [{"lr": 3}]}},
         "guard": {"recent": [1.0, 2.0]}, "steps": 7,
     }  # fmt: skip
 
