@@ -83,7 +83,10 @@ def _choose_device(launch: Launch, device: str | None) -> torch.device:
             "device 'cuda' was asked for, but torch sees no GPU here; leave the flag out to run on the CPU"
         )
     if launch.world_size == 1:
-        return torch.device(kind)
+        chosen = torch.device(kind)
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)  # kernels and graphs of our own start on the current one
+        return chosen
     if launch.local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"local rank {launch.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "

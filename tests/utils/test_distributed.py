@@ -93,3 +93,13 @@ def test_a_group_inside_a_group_is_the_same_one(monkeypatch, tmp_path):
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with process_group("cuda:1") as device:
+        assert device == torch.device("cuda", 1) and current == [device]
+    with process_group("cuda") as device:
+        assert device == torch.device("cuda") and len(current) == 1
