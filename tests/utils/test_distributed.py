@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import distributed
-from utils.distributed import Launch, read_launch
+from utils.distributed import Launch, process_group, read_launch
 
 
 @pytest.mark.parametrize(
