@@ -339,7 +339,7 @@ class Decoder {
         const int64_t words = m.head_dim / Cache::PER, size = words * LANES;
         const auto* x = reinterpret_cast<const typename Cache::Input*>(query);
         Floats sums[1][N] = {};
-        tile<Cache, 1, N>(sums, x, 0, cache.keys + block * size, size, LANES, words);
+        tile<Cache, 1, N, true>(sums, x, 0, cache.keys + block * size, size, LANES, words, N * size);
         for (int n = 0; n < N; n++) {
             const int64_t first = (block + n) * LANES;
             const Floats scaled = sums[0][n] * scale;
