@@ -196,7 +196,7 @@ def test_an_int8_cache_gives_the_logits_of_attention_over_rounded_keys_and_value
     else:
         model, cond = wide_model(**fields), torch.arange(rows)
     engine, tokens = NativeEngine(model, kv_cache_dtype="int8"), torch.randint(300, (rows, count))
-    cache = engine.new_cache(rows, max(prefix, 1) + count, torch.float32, torch.device("cpu"), mask)
+    cache = engine.new_cache(rows, model.cls_token_num + count, torch.float32, torch.device("cpu"), mask)
     found = fed_logits(engine, cond, tokens, cache)
     keys, values = stored(cache, torch.int8, model.config.head_dim)
     held = zip(zip(keys, cache.key_scale), zip(values, cache.value_scale))
