@@ -188,7 +188,8 @@ class RoundedCache(KVCache):
 @pytest.mark.parametrize("fields", [{}, {"dim": 80, "n_head": 4, "n_kv_head": 2}])
 @torch.no_grad()
 def test_an_int8_cache_gives_the_logits_of_attention_over_rounded_keys_and_values(fields, prefix):
-    rows, count, mask = 4, 30, None
+    rows, count, mask = 4, 80, None  # more than four blocks of positions, which are read together
+    fields = {"block_size": 81, **fields}
     if prefix:
         model = wide_model(model_type="t2i", cls_token_num=prefix, **fields)
         cond, masks = captions(rows, [1, 3, 6, 4], prefix)
