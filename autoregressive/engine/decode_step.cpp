@@ -258,6 +258,7 @@ class Decoder {
         }
     }
 
+    // Where keys and values of row `r` and key head `g` are.
     template <class Cache>
     Cached cached(int64_t layer, int64_t r, int64_t g) const {
         const int64_t item = (layer * s.capacity_rows + r) * m.kv_heads + g, spots = s.capacity_positions;
@@ -339,6 +340,7 @@ class Decoder {
         const int64_t words = m.head_dim / Cache::PER, size = words * LANES;
         const auto* x = reinterpret_cast<const typename Cache::Input*>(query);
         Floats sums[1][N] = {};
+        // N streams that end after one block: the processor does not fetch the next ones by itself
         tile<Cache, 1, N, true>(sums, x, 0, cache.keys + block * size, size, LANES, words, N * size);
         for (int n = 0; n < N; n++) {
             const int64_t first = (block + n) * LANES;
