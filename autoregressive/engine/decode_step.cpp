@@ -36,7 +36,7 @@ struct Model {
     int64_t dim, layers, heads, kv_heads, head_dim, hidden, vocab;
     float eps;
     int32_t int8;     // weights and activations of the matrices are int8
-    int32_t rounded;  // activations, keys and values are bfloat16, else float32
+    int32_t rounded;  // activations (and keys and values, unless they are int8) are bfloat16, else float32
     const Layer* layer;
     Matrix head;
     const float* norm;
@@ -54,6 +54,8 @@ struct Step {
     float* row_scale;        // (rows,)
     uint32_t* keys;          // (layers, rows, kv_heads, positions / 16, words of a head, 16)
     uint32_t* values;        // (layers, rows, kv_heads, words of the positions, blocks of a head, 16)
+    float* key_scale;        // int8 keys: (layers, rows, kv_heads, positions), else null
+    float* value_scale;      // int8 values: the same
     const float* bias;       // (rows, bias_length): 0, or -inf where a condition is padded
     float* logits;           // (rows, vocab)
 };
@@ -64,9 +66,15 @@ namespace {
 
 // ---- the step --------------------------------------------------------------------------------------------------------
 
+// Keys and values of one row and key head in one layer.
+struct Cached {
+    uint32_t *keys, *values;
+    float *key_scale, *value_scale;  // (positions,) of CachedI8
+};
+
 template <class Weights, bool ROUNDED>
 class Decoder {
-    typedef std::conditional_t<ROUNDED, BF16, F32> Cached;  // format of queries, keys, values
+    typedef std::conditional_t<ROUNDED, BF16, F32> Own;  // format of queries, and of keys and values that are not int8
 
   public:
     Decoder(const Model& model, const Step& step)
@@ -107,7 +115,11 @@ class Decoder {
                 float* out = s.wide + r * s.width + block * LANES;
                 store(out, round(a)), store(out + LANES, round(b));
             });
-            each(phase, s.rows * m.kv_heads, [&](int64_t item) { attend(i, item / m.kv_heads, item % m.kv_heads); });
+            each(phase, s.rows * m.kv_heads, [&](int64_t item) {
+                const int64_t r = item / m.kv_heads, g = item % m.kv_heads;
+                if (s.key_scale) attend<CachedI8>(i, r, g);
+                else attend<Own>(i, r, g);
+            });
             each(phase, s.rows, [&](int64_t r) { pack(r, s.wide + r * s.width, m.heads * m.head_dim); });
             product(phase, layer.out, [&](int64_t r, int64_t b, Floats x, Floats y) { add(r, b, x, y); });
             each(phase, s.rows, [&](int64_t r) { normalise(r, layer.ffn_norm); });
@@ -231,13 +243,14 @@ class Decoder {
         return exact * load(matrix.scale + block * LANES) * s.row_scale[r];
     }
 
-    // Rotate `x` (head_dim,) by the angles of the position and pack it.
+    // Rotate `x` (head_dim,) by the angles of the position: pairs of bfloat16 for a cache of them, else float32.
+    template <class Cache>
     void rotate(const float* x, uint32_t* words) const {
         const float* angle = m.rotary + s.position * m.head_dim;
         for (int64_t i = 0; i < m.head_dim; i += 2) {
             const float even = round(x[i] * angle[i] - x[i + 1] * angle[i + 1]);
             const float odd = round(x[i + 1] * angle[i] + x[i] * angle[i + 1]);
-            if (ROUNDED) {
+            if (Cache::PER == 2) {
                 words[i / 2] = bits<uint32_t>(even) >> 16 | bits<uint32_t>(odd);
             } else {
                 words[i] = bits<uint32_t>(even), words[i + 1] = bits<uint32_t>(odd);
@@ -245,41 +258,53 @@ class Decoder {
         }
     }
 
+    // Where keys and values of row `r` and key head `g` are.
+    template <class Cache>
+    Cached cached(int64_t layer, int64_t r, int64_t g) const {
+        const int64_t item = (layer * s.capacity_rows + r) * m.kv_heads + g, spots = s.capacity_positions;
+        uint32_t* keys = s.keys + item * spots * (m.head_dim / Cache::PER);
+        uint32_t* values = s.values + item * (spots / Cache::PER) * head_blocks() * LANES;
+        if (!s.key_scale) return {keys, values, nullptr, nullptr};
+        return {keys, values, s.key_scale + item * spots, s.value_scale + item * spots};
+    }
+
+    int64_t head_blocks() const { return (m.head_dim + LANES - 1) / LANES; }
+
     // Attention of the query heads that share key head `g` in row `r`; the result replaces their queries.
+    template <class Cache>
     void attend(int64_t layer, int64_t r, int64_t g) {
-        const int64_t group = m.heads / m.kv_heads, words = m.head_dim / Cached::PER;
-        const int64_t blocks = (m.head_dim + LANES - 1) / LANES, spots = s.capacity_positions;
-        const int64_t item = (layer * s.capacity_rows + r) * m.kv_heads + g;
-        uint32_t* keys = s.keys + item * spots * words;
-        uint32_t* values = s.values + item * (spots / Cached::PER) * blocks * LANES;
+        const int64_t group = m.heads / m.kv_heads;
+        const Cached cache = cached<Cache>(layer, r, g);
         float* row = s.wide + r * s.width;
-        remember(row, g, keys, values, words, blocks);
+        remember<Cache>(row, g, cache);
 
         const int64_t length = s.position + 1, padded = (length + LANES - 1) / LANES * LANES;
         static thread_local std::vector<uint32_t> scratch;
-        scratch.resize(words + padded * 2);
-        uint32_t* packed = scratch.data() + words;  // probabilities, in the format of the values
+        scratch.resize(m.head_dim + padded * 2);
+        uint32_t* packed = scratch.data() + m.head_dim;  // probabilities, as what is multiplied with the values
         float* scores = reinterpret_cast<float*>(packed + padded);
         for (int64_t head = g * group; head < (g + 1) * group; head++) {
-            rotate(row + head * m.head_dim, scratch.data());
-            score(scratch.data(), keys, words, padded, scores);
+            rotate<Cache>(row + head * m.head_dim, scratch.data());
+            score<Cache>(scratch.data(), cache, padded, scores);
             const float sum = soften(scores, length, padded, r);
-            if (ROUNDED) pack_bf16(packed, scores, padded);
-            else std::memcpy(packed, scores, padded * sizeof(float));
-            mix(packed, values, (length + Cached::PER - 1) / Cached::PER, blocks, 1.0f / sum, row + head * m.head_dim);
+            weigh<Cache>(scores, cache, length, padded, packed);
+            mix<Cache>(packed, cache, (length + Cache::PER - 1) / Cache::PER, 1.0f / sum, row + head * m.head_dim);
         }
     }
 
     // Store key and value of this position.
-    void remember(const float* row, int64_t g, uint32_t* keys, uint32_t* values, int64_t words, int64_t blocks) const {
+    template <class Cache>
+    void remember(const float* row, int64_t g, const Cached& cache) const {
         const float* key = row + (m.heads + g) * m.head_dim;
         const float* value = row + (m.heads + m.kv_heads + g) * m.head_dim;
+        const int64_t words = m.head_dim / Cache::PER;
         static thread_local std::vector<uint32_t> rotated;
-        rotated.resize(words);
-        rotate(key, rotated.data());
-        uint32_t* column = keys + s.position / LANES * words * LANES + s.position % LANES;
+        rotated.resize(m.head_dim);
+        rotate<Cache>(key, rotated.data());
+        uint32_t* column = cache.keys + s.position / LANES * words * LANES + s.position % LANES;
+        uint32_t* slot = cache.values + s.position / Cache::PER * head_blocks() * LANES;
+        if constexpr (Cache::PER == 4) return remember_int8(rotated.data(), value, cache, column, slot);
         for (int64_t i = 0; i < words; i++) column[i * LANES] = rotated[i];
-        uint32_t* slot = values + s.position / Cached::PER * blocks * LANES;
         for (int64_t i = 0; i < m.head_dim; i++) {
             const uint32_t word = bits<uint32_t>(value[i]);
             if (!ROUNDED) slot[i] = word;
@@ -288,20 +313,40 @@ class Decoder {
         }
     }
 
-    void score(const uint32_t* query, const uint32_t* keys, int64_t words, int64_t padded, float* scores) const {
-        const float scale = 1.0f / std::sqrt(float(m.head_dim));
-        const int64_t size = words * LANES, count = padded / LANES;
-        int64_t block = 0;
-        for (; block + 4 <= count; block += 4) score_blocks<4>(query, keys, size, words, block, scale, scores);
-        for (; block < count; block++) score_blocks<1>(query, keys, size, words, block, scale, scores);
+    // The same, rounded to int8: a byte for each channel, four channels of the key to a word of `column`.
+    void remember_int8(const uint32_t* rotated, const float* value, const Cached& cache, uint32_t* column,
+                       uint32_t* slot) const {
+        static thread_local std::vector<float> key;
+        static thread_local std::vector<uint8_t> bytes;
+        key.resize(m.head_dim), bytes.resize(m.head_dim);
+        std::memcpy(key.data(), rotated, m.head_dim * sizeof(float));
+        cache.key_scale[s.position] = quantize(key.data(), m.head_dim, bytes.data());
+        for (int64_t i = 0; i < m.head_dim; i += 4) std::memcpy(column + i / 4 * LANES, bytes.data() + i, 4);
+        cache.value_scale[s.position] = quantize(value, m.head_dim, bytes.data());
+        uint8_t* place = reinterpret_cast<uint8_t*>(slot) + s.position % 4;
+        for (int64_t i = 0; i < m.head_dim; i++) place[i * 4] = bytes[i];
     }
 
-    template <int N>
-    static void score_blocks(const uint32_t* query, const uint32_t* keys, int64_t size, int64_t words, int64_t block,
-                             float scale, float* scores) {
+    template <class Cache>
+    void score(const uint32_t* query, const Cached& cache, int64_t padded, float* scores) const {
+        int64_t block = 0;
+        for (; block + 4 <= padded / LANES; block += 4) score_blocks<Cache, 4>(query, cache, block, scores);
+        for (; block < padded / LANES; block++) score_blocks<Cache, 1>(query, cache, block, scores);
+    }
+
+    template <class Cache, int N>
+    void score_blocks(const uint32_t* query, const Cached& cache, int64_t block, float* scores) const {
+        const float scale = 1.0f / std::sqrt(float(m.head_dim)) / Cache::UNIT;
+        const int64_t words = m.head_dim / Cache::PER, size = words * LANES;
+        const auto* x = reinterpret_cast<const typename Cache::Input*>(query);
         Floats sums[1][N] = {};
-        tile<Cached, 1, N>(sums, query, 0, keys + block * size, size, LANES, words);
-        for (int n = 0; n < N; n++) store(scores + (block + n) * LANES, sums[0][n] * scale);
+        // N streams that end after one block: the processor does not fetch the next ones by itself
+        tile<Cache, 1, N, true>(sums, x, 0, cache.keys + block * size, size, LANES, words, N * size);
+        for (int n = 0; n < N; n++) {
+            const int64_t first = (block + n) * LANES;
+            const Floats scaled = sums[0][n] * scale;
+            store(scores + first, Cache::PER == 4 ? scaled * load(cache.key_scale + first) : scaled);
+        }
     }
 
     // Scores to exponentials relative to the best one, zero from `length` on; returns their sum.
@@ -318,20 +363,32 @@ class Decoder {
         return total(sum);
     }
 
-    // out (head_dim,) = the values weighted with `packed`, times `scale`.
-    void mix(const uint32_t* packed, const uint32_t* values, int64_t count, int64_t blocks, float scale,
-             float* out) const {
-        int64_t block = 0;
-        for (; block + 4 <= blocks; block += 4) mix_blocks<4>(packed, values, count, blocks, block, scale, out);
-        for (; block < blocks; block++) mix_blocks<1>(packed, values, count, blocks, block, scale, out);
+    // Exponentials as what is multiplied with the values: with their scales, zero from `length` on.
+    template <class Cache>
+    void weigh(const float* e, const Cached& cache, int64_t length, int64_t padded, uint32_t* packed) const {
+        if (Cache::PER == 2) return pack_bf16(packed, e, padded);
+        if (Cache::PER == 1) return void(std::memcpy(packed, e, padded * sizeof(float)));
+        for (int64_t i = 0; i < padded; i += LANES)
+            store(reinterpret_cast<float*>(packed + i), load(e + i) * load(cache.value_scale + i));
+        std::fill(packed + length, packed + padded, 0u);  // whatever scale stood there
     }
 
-    template <int N>
-    void mix_blocks(const uint32_t* packed, const uint32_t* values, int64_t count, int64_t blocks, int64_t block,
-                    float scale, float* out) const {
+    // out (head_dim,) = the values weighted with `packed`, times `scale`.
+    template <class Cache>
+    void mix(const uint32_t* packed, const Cached& cache, int64_t count, float scale, float* out) const {
+        int64_t block = 0;
+        for (; block + 4 <= head_blocks(); block += 4) mix_blocks<Cache, 4>(packed, cache, count, block, scale, out);
+        for (; block < head_blocks(); block++) mix_blocks<Cache, 1>(packed, cache, count, block, scale, out);
+    }
+
+    template <class Cache, int N>
+    void mix_blocks(const uint32_t* packed, const Cached& cache, int64_t count, int64_t block, float scale,
+                    float* out) const {
+        const auto* x = reinterpret_cast<const typename Cache::Input*>(packed);
         Floats sums[1][N] = {};
-        tile<Cached, 1, N>(sums, packed, 0, values + block * LANES, LANES, blocks * LANES, count);
-        for (int n = 0; n < N; n++) put(out, (block + n) * LANES, m.head_dim, round(sums[0][n] * scale));
+        tile<Cache, 1, N>(sums, x, 0, cache.values + block * LANES, LANES, head_blocks() * LANES, count);
+        for (int n = 0; n < N; n++)
+            put(out, (block + n) * LANES, m.head_dim, round(sums[0][n] * (scale / Cache::UNIT)));
     }
 };
 

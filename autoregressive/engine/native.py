@@ -19,6 +19,7 @@ from autoregressive.engine.packing import (
     pack_keys,
     pack_matrix,
     pack_values,
+    quantize_rows,
     round_up,
 )
 from autoregressive.models.cache import DecodeCache
@@ -53,7 +54,8 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("rows", "position", "threads", "capacity_rows", "capacity_positions")),
         *((n, ctypes.c_int64) for n in ("width", "bias_length")),
-        *((n, ctypes.c_void_p) for n in ("h", "wide", "packed", "row_scale", "keys", "values", "bias", "logits")),
+        *((n, ctypes.c_void_p) for n in ("h", "wide", "packed", "row_scale", "keys", "values")),
+        *((n, ctypes.c_void_p) for n in ("key_scale", "value_scale", "bias", "logits")),
     ]
 
 
@@ -100,16 +102,26 @@ class PackedModel:
 
 
 class NativeCache:
-    """Keys, values and work space of the C++ step for up to `rows` sequences of `positions`."""
+    """Keys, values and work space of the C++ step for up to `rows` sequences of `positions`.
 
-    def __init__(self, model: Transformer, packed: PackedModel, rows: int, positions: int) -> None:
-        config, dtype = model.config, packed.activation_dtype
+    Keys and values are float32, bfloat16 or int8 (`dtype`). With int8 each of them has a float32 scale: `key_scale` and
+    `value_scale` (n_layer, rows, kv_heads, positions), which are None otherwise.
+    """
+
+    def __init__(self, model: Transformer, packed: PackedModel, rows: int, positions: int, dtype: torch.dtype) -> None:
+        config = model.config
         self.rows, self.positions, self.length = rows, round_up(positions, LANES), 0
         per, heads = PER_WORD[dtype], (config.n_layer, rows, config.kv_heads)
         blocks = -(-config.head_dim // LANES)
         arena = Arena()
         self.keys = arena.zeros((*heads, self.positions // LANES, config.head_dim // per, LANES))
         self.values = arena.zeros((*heads, self.positions // per, blocks, LANES))
+        self.key_scale: Tensor | None = None
+        self.value_scale: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scale, self.value_scale = (
+                arena.zeros((*heads, self.positions)).view(torch.float32) for _ in range(2)
+            )
         self.h = torch.empty(rows, config.dim)
         self.wide, self.packed = torch.zeros(rows, packed.width), torch.zeros(rows, packed.width)
         self.row_scale = torch.empty(rows)
@@ -117,29 +129,46 @@ class NativeCache:
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values (rows, kv_heads, P, head_dim) of the first P positions."""
-        packed = pack_keys(keys), pack_values(values)
-        for store, new in zip((self.keys, self.values), packed):
-            store[layer, : new.shape[0], :, : new.shape[2]] = new
+        if self.key_scale is not None and self.value_scale is not None:
+            (keys, key_scale), (values, value_scale) = quantize_rows(keys), quantize_rows(values)
+            self._put(self.key_scale[layer], key_scale)
+            self._put(self.value_scale[layer], value_scale)
+        self._put(self.keys[layer], pack_keys(keys))
+        self._put(self.values[layer], pack_values(values))
+
+    @staticmethod
+    def _put(store: Tensor, new: Tensor) -> None:
+        store[: new.shape[0], :, : new.shape[2]] = new
 
 
 class NativeEngine(Engine):
     """Computes single tokens in C++; conditions of several positions are computed by the model.
 
     `quantize` "int8" holds the matrices as int8 with a scale per output, and multiplies them with activations that are
-    rounded to int8 with a scale per row; keys and values stay in the model's format.
+    rounded to int8 with a scale per row. `kv_cache_dtype` "int8" holds keys and values as int8 with a float32 scale for
+    each (row, key head, position), about a quarter of the bytes of float32 and half of bfloat16, and multiplies them
+    with float32 queries and softmax weights; "auto" keeps the model's format.
 
     Raises:
-        ValueError: a model that is not on the CPU, or not float32 or bfloat16.
+        ValueError: a model that is not on the CPU, or not float32 or bfloat16; another `kv_cache_dtype`.
         CannotCompile: no compiler.
     """
 
     name = "native"
 
-    def __init__(self, model: Transformer, quantize: str = "none", machine: tuple[str, ...] = compiler.NATIVE) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        quantize: str = "none",
+        machine: tuple[str, ...] = compiler.NATIVE,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         super().__init__(model)
         if reason := unsupported(model):
             raise ValueError(reason)
-        self.quantize = quantize
+        if kv_cache_dtype not in ("auto", "int8"):
+            raise ValueError(f"the native engine's kv_cache_dtype is auto or int8, not {kv_cache_dtype!r}")
+        self.quantize, self.kv_cache_dtype = quantize, kv_cache_dtype
         self._library, self.compile_seconds = compiler.load(machine)
         self._packed: PackedModel | None = None
         self._packed_from: tuple[tuple[int, int], ...] = ()
@@ -165,7 +194,8 @@ class NativeEngine(Engine):
         packed, cache = self.packed, self._native_cache
         if cache is None or cache.rows < rows or cache.positions < positions:
             self._native_cache = None
-            cache = self._native_cache = NativeCache(self.model, packed, rows, positions)
+            stored = torch.int8 if self.kv_cache_dtype == "int8" else packed.activation_dtype
+            cache = self._native_cache = NativeCache(self.model, packed, rows, positions, stored)
         cache.length, cache.bias = 0, None
         if key_mask is not None:
             prefix = key_mask[:, : self.model.cls_token_num]
@@ -207,7 +237,10 @@ class NativeEngine(Engine):
         cache.h[:rows] = h
         logits = torch.empty(rows, 1, self.model.vocab_size)
         bias = cache.bias
-        tensors = (cache.h, cache.wide, cache.packed, cache.row_scale, cache.keys, cache.values, bias, logits)
+        tensors = (
+            cache.h, cache.wide, cache.packed, cache.row_scale, cache.keys, cache.values, cache.key_scale,
+            cache.value_scale, bias, logits,
+        )  # fmt: skip
         step = _Step(
             rows, cache.length, torch.get_num_threads(), cache.rows, cache.positions, packed.width,
             0 if bias is None else bias.shape[1], *(None if t is None else t.data_ptr() for t in tensors),

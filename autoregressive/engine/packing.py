@@ -52,11 +52,11 @@ class Packed:
         return sum(t.nbytes for t in (self.data, self.scale, self.offset) if t is not None)
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weights (outputs, inputs) and a float32 scale for each output: weight = int8 * scale, symmetric."""
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1).clamp(min=1e-12) / 127
-    return (wide / scale[:, None]).round().to(torch.int8), scale
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (..., n) as int8 and a float32 scale (...) for each row: x = int8 * scale, symmetric, no zero scale."""
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1).clamp(min=1e-12) / 127
+    return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
 def pack_matrix(weight: Tensor, dtype: torch.dtype) -> Packed:

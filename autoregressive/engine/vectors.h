@@ -69,12 +69,20 @@ inline float largest_size(const float* x, int64_t count) {
     return best;
 }
 
+constexpr float MAGIC = 12582912.0f;  // adding it to a small number rounds to an integer, ties to even
+
+// x = out (int8) times the returned scale, to the nearest of 255 levels: quantize_rows of packing.py, bit for bit.
+inline float quantize(const float* x, int64_t count, uint8_t* out) {
+    const float scale = std::max(largest_size(x, count), 1e-12f) / 127.0f;
+    for (int64_t i = 0; i < count; i++) out[i] = uint8_t(int32_t((x[i] / scale + MAGIC) - MAGIC));
+    return scale;
+}
+
 // e^x to about one unit in the last place; 0 below -87.
 inline Floats exponential(Floats x) {
     Floats bounded = x > 88.0f ? all(88.0f) : x;
     bounded = bounded < -87.0f ? all(-87.0f) : bounded;
-    const float magic = 12582912.0f;  // adding it rounds to an integer
-    Floats n = (bounded * 1.44269504f + magic) - magic;
+    Floats n = (bounded * 1.44269504f + MAGIC) - MAGIC;
     Floats r = bounded - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     Floats p = all(1.9875691500e-4f);
@@ -89,16 +97,20 @@ inline Floats exponential(Floats x) {
     return x < -87.0f ? Floats{} : result;
 }
 
-// ---- number formats: `PER` values in a word; `dot` adds their products with the broadcast word `x` -----------------
+// ---- number formats: `PER` values in a word; `dot` adds their products with the broadcast input `x`, times `UNIT` ------
 
 struct F32 {
     static constexpr int PER = 1;
+    static constexpr float UNIT = 1;
+    typedef uint32_t Input;
     typedef Floats Sum;
     static inline Sum dot(Sum sum, Words w, uint32_t x) { return sum + bits<Floats>(w) * bits<float>(x); }
 };
 
 struct BF16 {
     static constexpr int PER = 2;
+    static constexpr float UNIT = 1;
+    typedef uint32_t Input;
     typedef Floats Sum;
     static inline Sum dot(Sum sum, Words w, uint32_t x) {
 #if defined(__AVX512BF16__)
@@ -112,6 +124,7 @@ struct BF16 {
 
 struct I8 {  // weights are signed; activations are unsigned with 128 for zero, which Matrix::offset takes back
     static constexpr int PER = 4;
+    typedef uint32_t Input;
     typedef Ints Sum;
     static inline Sum dot(Sum sum, Words w, uint32_t x) {
 #if defined(__AVX512VNNI__)
@@ -126,11 +139,26 @@ struct I8 {  // weights are signed; activations are unsigned with 128 for zero, 
     }
 };
 
-// sums[m][n] += over `words` steps: weight vector n (at w + n * block, advancing by `stride`) times word of row m.
+struct CachedI8 {  // int8 keys and values with float32 activations; who calls multiplies with their scales
+    static constexpr int PER = 4;
+    static constexpr float UNIT = 0x1p24f;  // a byte is converted where it is worth most: one operation less
+    struct Input {
+        uint32_t x[PER];
+    };
+    typedef Floats Sum;
+    static inline Sum dot(Sum sum, Words w, Input input) {
+        sum += __builtin_convertvector(bits<Ints>(w << 24), Floats) * bits<float>(input.x[0]);
+        sum += __builtin_convertvector(bits<Ints>((w << 16) & 0xff000000u), Floats) * bits<float>(input.x[1]);
+        sum += __builtin_convertvector(bits<Ints>((w << 8) & 0xff000000u), Floats) * bits<float>(input.x[2]);
+        return sum + __builtin_convertvector(bits<Ints>(w & 0xff000000u), Floats) * bits<float>(input.x[3]);
+    }
+};
+
+// sums[m][n] += over `words` steps: weight vector n (at w + n * block, advancing by `stride`) times input of row m.
 // With AHEAD the vectors that many words further on are fetched into the cache meanwhile.
 template <class Format, int M, int N, bool AHEAD = false>
-inline void tile(typename Format::Sum (&sums)[M][N], const uint32_t* x, int64_t row, const uint32_t* w, int64_t block,
-                 int64_t stride, int64_t words, int64_t ahead = 0) {
+inline void tile(typename Format::Sum (&sums)[M][N], const typename Format::Input* x, int64_t row, const uint32_t* w,
+                 int64_t block, int64_t stride, int64_t words, int64_t ahead = 0) {
     typename Format::Sum own[M][N];  // registers: the compiler cannot know that `sums` is apart from the weights
     std::memcpy(&own, &sums, sizeof own);
     for (int64_t k = 0; k < words; k++) {
@@ -141,9 +169,9 @@ inline void tile(typename Format::Sum (&sums)[M][N], const uint32_t* x, int64_t 
         for (int n = 0; n < N; n++) weights[n] = *reinterpret_cast<const Words*>(w + n * block + k * stride);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const uint32_t word = x[m * row + k];
+            const typename Format::Input input = x[m * row + k];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) own[m][n] = Format::dot(own[m][n], weights[n], word);
+            for (int n = 0; n < N; n++) own[m][n] = Format::dot(own[m][n], weights[n], input);
         }
     }
     std::memcpy(&sums, &own, sizeof own);

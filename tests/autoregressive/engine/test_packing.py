@@ -51,9 +51,17 @@ def test_interleaved_blocks_take_turns():
     assert torch.equal(both.scale[1], two.scale[:16]) and torch.equal(both.offset[2], one.offset[16:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_have_a_scale_for_each_position():
+    keys = torch.randn(2, 3, 5, 8) * torch.logspace(-3, 3, 5)[:, None]
+    rounded, scale = quantize_rows(keys)
+    assert scale.shape == (2, 3, 5) and (rounded.abs().amax(-1) == 127).all()
+    assert ((rounded * scale[..., None] - keys).abs() <= scale[..., None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_keys_and_values_are_found_again(dtype):
-    keys, values, per = torch.randn(2, 3, 21, 20).to(dtype), torch.randn(2, 3, 21, 20).to(dtype), PER_WORD[dtype]
+    keys, values = ((torch.randn(2, 3, 21, 20) * 40).to(dtype) for _ in range(2))
+    per = PER_WORD[dtype]
     packed = pack_keys(keys).view(2, 3, 2, 20 // per, 16, 1).view(dtype)
     for position, channel in [(0, 0), (17, 19), (15, 6)]:
         found = packed[..., position // 16, channel // per, position % 16, channel % per]
