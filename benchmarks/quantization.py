@@ -3,7 +3,8 @@
     python -m benchmarks.quantization --gpt-model GPT-L --gpt-ckpt c2i_L_384.pt --image-size 384 --code-path VAL_CODES
 
 The codes are fed one after another through each engine, as in sampling; the reference is the eager engine in float32.
-The last line is one JSON object. Class-conditional models.
+--kv-cache-dtype also measures it with keys and values in 8 bits. The last line is one JSON object. Class-conditional
+models.
 """
 
 from __future__ import annotations
@@ -25,13 +26,29 @@ from torch.utils.data import DataLoader
 
 from autoregressive.build import add_gpt_args, load_gpt
 from autoregressive.engine.build import QUANTIZE, make_engine
+from autoregressive.models.cache import EIGHT_BITS, DecodeCache
 from autoregressive.models.engine import Engine
+from autoregressive.models.gpt import Transformer
 from autoregressive.train.inputs import ClassInputs
 from autoregressive.train.validation import HeldOut
 from utils.args import add_runtime_args, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run
 from utils.precision import DTYPES
+
+
+class RoundedCaches(Engine):
+    """The plain engine with caches in one of `EIGHT_BITS`: what their rounding does, without kernels that have them."""
+
+    def __init__(self, model: Transformer, kv_cache_dtype: str) -> None:
+        super().__init__(model)
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def new_cache(
+        self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None
+    ) -> DecodeCache:
+        """As `Engine.new_cache`, in this engine's format and not in `dtype`."""
+        return super().new_cache(rows, positions, EIGHT_BITS[self.kv_cache_dtype], device, key_mask)
 
 
 @torch.no_grad()
@@ -45,8 +62,10 @@ def fed_logits(engine: Engine, labels: Tensor, codes: Tensor) -> Iterator[Tensor
 
 
 def engines(args: argparse.Namespace, device: torch.device) -> dict[str, Engine]:
-    """The reference first, then one engine for each precision and quantization."""
+    """The reference first, then with each format of caches, then one engine for each precision and quantization."""
     own = {"reference": make_engine(load_gpt(args, args.vocab_size, device), "eager")}
+    for name in args.kv_cache_dtype:
+        own[f"reference, {name} caches"] = RoundedCaches(own["reference"].model, name)
     for precision in args.precision:
         for quantize in args.quantize:
             model = load_gpt(args, args.vocab_size, device, DTYPES[precision])
@@ -84,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--batch-size", type=int, default=16, help="images at a time")
     flags.add_argument("--precision", choices=list(DTYPES), nargs="+", default=["none", "bf16"], help="formats")
     flags.add_argument("--quantize", choices=QUANTIZE, nargs="+", default=list(QUANTIZE), help="of the matrices")
+    flags.add_argument(
+        "--kv-cache-dtype",
+        choices=list(EIGHT_BITS),
+        nargs="*",
+        default=[],
+        help="also measure the reference with keys and values in 8 bits; default: do not",
+    )
     add_gpt_args(flags)
     add_runtime_args(flags)
     return flags
@@ -96,7 +122,7 @@ def main() -> None:
     with process_group(args.device) as device:
         found = measure(args, device)
     for name, of in found.items():
-        print(f"{name:22} {of['bits_per_token']:.5f} bits per token, same greedy code {of['greedy_agreement']:.2%}")
+        print(f"{name:23} {of['bits_per_token']:.5f} bits per token, same greedy code {of['greedy_agreement']:.2%}")
     print(json.dumps(found))
 
 
