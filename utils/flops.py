@@ -105,9 +105,7 @@ def decode_flops_per_token(shape: GPTShape, context: int) -> int:
     return 2 * (block_weights(shape) + head_weights(shape)) + _attention_flops(shape, context)
 
 
-def cache_bytes(
-    shape: GPTShape, rows: int, positions: int, bytes_per_value: int = 2, bytes_per_scale: int = 0
-) -> int:
+def cache_bytes(shape: GPTShape, rows: int, positions: int, bytes_per_value: int = 2, bytes_per_scale: int = 0) -> int:
     """Bytes of the keys and values of `rows` sequences; guidance doubles the rows.
 
     Caches in 8 bits have a value of 1 byte and, for each key and each value vector, a scale of 4.

@@ -38,10 +38,10 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
         default="auto",
-        help="format of the keys and values that the GPT keeps of an image's earlier tokens. auto: that of its weights; "
-        "int8, fp8: 8 bits a number and a scale for each vector, which takes about half of the memory of bf16 and gives "
-        "slightly other images. int8: --engine triton or native; fp8: --engine triton, on a GPU of compute capability "
-        "8.9 or later",
+        help="format of the keys and values that the GPT keeps of an image's earlier tokens. auto (default): that of "
+        "its weights; int8, fp8: 8 bits a number and a scale for each vector, which takes about half of the memory of "
+        "bf16 and gives slightly other images. int8 needs --engine triton or native; fp8 triton, on a GPU of compute "
+        "capability 8.9 or later",
     )
 
 

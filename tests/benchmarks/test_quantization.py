@@ -30,8 +30,9 @@ def test_each_format_is_measured_against_the_reference(monkeypatch):
     data = torch.utils.data.TensorDataset(codes, labels)
     monkeypatch.setattr(quantization.ClassInputs, "codes", lambda self, path: data)
     args = argparse.Namespace(
-        precision=["none", "bf16"], quantize=["none", "int8"], vocab_size=300, code_path="", images=None, batch_size=3
-    )
+        precision=["none", "bf16"], quantize=["none", "int8"], vocab_size=300, code_path="", images=None, batch_size=3,
+        kv_cache_dtype=["int8", "fp8"],
+    )  # fmt: skip
     found = quantization.measure(args, torch.device("cpu"))
     with torch.no_grad():
         logits, _ = wide_model()(codes[:, 0, :-1], labels[:, 0])
@@ -41,3 +42,6 @@ def test_each_format_is_measured_against_the_reference(monkeypatch):
     rounded = found["native none int8"]
     assert 0.85 < rounded["greedy_agreement"] < 1
     assert abs(rounded["bits_per_token"] - bits) < 0.05
+    for name in ("int8", "fp8"):
+        cached = found[f"reference, {name} caches"]
+        assert cached != found["reference"] and abs(cached["bits_per_token"] - bits) < 0.05

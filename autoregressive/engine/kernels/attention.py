@@ -52,18 +52,18 @@ def _rotated(x, angles, lanes, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _quantized(x, DTYPE: tl.constexpr):
-    """The vector `x` in 8 bits, as float32 numbers that the format DTYPE holds exactly, and its float32 scale.
+def _quantized(x, INTEGER: tl.constexpr):
+    """The vector `x` in float32 numbers that int8 (INTEGER) or fp8 holds exactly, and its float32 scale.
 
     Rounds to nearest, ties to even, by adding a number so large that what must go has no place behind it. fp8 has 3
     bits behind its leading one, which stands at 2^-6 at least.
     """
     x = x.to(tl.float32)
-    LARGEST: tl.constexpr = 127.0 if DTYPE == tl.int8 else 448.0
+    LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) * (1 / LARGEST)
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     step = tl.full(x.shape, 1.0, tl.float32)
-    if DTYPE != tl.int8:
+    if not INTEGER:
         leading = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(leading, 0.015625) * 0.125
     large = step * 12582912.0  # 1.5 * 2^23
@@ -159,8 +159,8 @@ def _decode_attention_kernel(
     stores = head % (N_HEAD // N_KV_HEAD) == 0
     stored = (lanes < HEAD_DIM) & stores
     if k_scale is not None:
-        new_k, new_k_scale = _quantized(new_k, k_cache.dtype.element_ty)
-        new_v, new_v_scale = _quantized(new_v, v_cache.dtype.element_ty)
+        new_k, new_k_scale = _quantized(new_k, k_cache.dtype.element_ty == tl.int8)
+        new_v, new_v_scale = _quantized(new_v, v_cache.dtype.element_ty == tl.int8)
         tl.store(key_scales + position, new_k_scale, mask=stores)
         tl.store(value_scales + position, new_v_scale, mask=stores)
     tl.store(keys + position * POSITION_STRIDE + lanes, new_k.to(k_cache.dtype.element_ty), mask=stored)
