@@ -20,9 +20,9 @@ def quantize_vectors(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Symmetric: the scale is the largest magnitude of a vector over the largest number of the format.
     """
     wide = x.float()
-    scale = wide.abs().amax(dim=-1).clamp(min=1e-12) * (1 / LARGEST[dtype])
-    values = wide / scale[..., None]
-    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+    largest = wide.abs().amax(dim=-1).clamp(min=1e-12)
+    values = wide * (LARGEST[dtype] / largest)[..., None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), largest * (1 / LARGEST[dtype])
 
 
 def dequantize_vectors(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,14 +60,23 @@ def _quantized(x, INTEGER: tl.constexpr):
     """
     x = x.to(tl.float32)
     LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) * (1 / LARGEST)
-    scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12)
+    scaled = x * tl.div_rn(LARGEST, largest)
     step = tl.full(x.shape, 1.0, tl.float32)
     if not INTEGER:
         leading = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(leading, 0.015625) * 0.125
     large = step * 12582912.0  # 1.5 * 2^23
-    return (scaled + large) - large, scale
+    return (scaled + large) - large, largest * (1 / LARGEST)
+
+
+@triton.jit
+def _as_float32(x):
+    """`x` in float32; int8 through the bits of 1.5 * 2^23 + x, as the GPU has few units that convert integers."""
+    if x.dtype == tl.int8:
+        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -89,8 +98,8 @@ def _attend_cached(
         at = start + slots
         offsets = at[:, None] * POSITION_STRIDE + lanes[None, :]
         inside = (at < position)[:, None] & (lanes < LOADED)[None, :]
-        k = tl.load(keys + offsets, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + offsets, mask=inside, other=0.0).to(tl.float32)
+        k = _as_float32(tl.load(keys + offsets, mask=inside, other=0.0))
+        v = _as_float32(tl.load(values + offsets, mask=inside, other=0.0))
         scores = tl.sum(k * q[None, :], axis=1)
         if key_scales is not None:
             scores *= tl.load(key_scales + at, mask=at < position, other=0.0)
