@@ -21,7 +21,7 @@ def quantize_vectors(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     largest = wide.abs().amax(dim=-1).clamp(min=1e-12)
-    values = wide * (LARGEST[dtype] / largest)[..., None]
+    values = wide * (torch.full_like(largest, LARGEST[dtype]) / largest)[..., None]  # a number / tensor rounds twice
     return (values.round() if dtype == torch.int8 else values).to(dtype), largest * (1 / LARGEST[dtype])
 
 

@@ -74,9 +74,10 @@ def _quantized(x, INTEGER: tl.constexpr):
 def _as_float32(x):
     """`x` in float32; int8 through the bits of 1.5 * 2^23 + x, as the GPU has few units that convert integers."""
     if x.dtype == tl.int8:
-        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+        wide = (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     else:
-        return x.to(tl.float32)
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
