@@ -87,6 +87,8 @@ def _attend_cached(
 ):  # fmt: skip
     """Attention over the cached positions first..position-1 in TILE slots; slot i takes the keys first + i + n * TILE.
 
+    `key_scales` and `value_scales` point to a number for each position, or are None.
+
     Returns the maximum (TILE,) of the scores of each slot, and with weights 2^(score - maximum) their sum (TILE,) and
     the weighted sum of values (TILE, lanes). Slots meet only after the loop: nothing in it is reduced across warps.
     """
@@ -246,6 +248,7 @@ def decode_attention(
         LOADED=rounded_up if position_stride >= rounded_up else head_dim,
         LANES=lanes, TILE=max(16, config.tile_bytes // (lanes * size)), STAGES=config.num_stages,
         PREFETCH=config.prefetch and qkv.is_cuda, PDL=pdl, launch_pdl=pdl, num_warps=config.num_warps,
+        maxnreg=128 if size == 1 else None,  # some widths take a few more, and half as many programs would run at once
         enable_fp_fusion=False,  # the rotation rounds as that of PyTorch does; fma stands where it is meant
     )  # fmt: skip
     return out
