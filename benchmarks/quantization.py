@@ -4,7 +4,8 @@
     python -m benchmarks.quantization --gpt-type t2i ... --code-path VAL_CODES --t5-feat-path FEATURES
 
 The codes are fed one after another through each engine, as in sampling; the reference is the eager engine in float32.
---kv-cache-dtype int8 also measures the native engine with keys and values in 8 bits. The last line is one JSON object.
+--kv-cache-dtype also measures the reference and, for int8, the native engines with keys and values in 8 bits. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,13 +28,29 @@ from torch.utils.data import DataLoader
 from autoregressive.build import add_gpt_args, load_gpt
 from autoregressive.engine.build import QUANTIZE, make_engine
 from autoregressive.engine.native import NativeEngine
+from autoregressive.models.cache import EIGHT_BITS, DecodeCache
 from autoregressive.models.engine import Engine
+from autoregressive.models.gpt import Transformer
 from autoregressive.train.inputs import Inputs, make_inputs
 from autoregressive.train.validation import HeldOut
 from utils.args import add_runtime_args, apply_threads, make_parser
 from utils.distributed import process_group
 from utils.errors import run
 from utils.precision import DTYPES
+
+
+class RoundedCaches(Engine):
+    """The plain engine with caches in one of `EIGHT_BITS`: what their rounding does, without kernels that have them."""
+
+    def __init__(self, model: Transformer, kv_cache_dtype: str) -> None:
+        super().__init__(model)
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def new_cache(
+        self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None
+    ) -> DecodeCache:
+        """As `Engine.new_cache`, in this engine's format and not in `dtype`."""
+        return super().new_cache(rows, positions, EIGHT_BITS[self.kv_cache_dtype], device, key_mask)
 
 
 @torch.no_grad()
@@ -62,8 +79,11 @@ def condition_and_codes(inputs: Inputs, batch: Sequence[Tensor]) -> tuple[Tensor
 
 
 def engines(args: argparse.Namespace, device: torch.device) -> dict[str, Engine]:
-    """The reference first, then one engine for each precision and quantization, native ones also with int8 caches."""
+    """The reference first, then with each format of caches; then one engine for each precision and quantization, native
+    ones with int8 caches too."""
     own = {"reference": make_engine(load_gpt(args, args.vocab_size, device), "eager")}
+    for name in args.kv_cache_dtype:
+        own[f"reference, {name} caches"] = RoundedCaches(own["reference"].model, name)
     for precision in args.precision:
         for quantize in args.quantize:
             model = load_gpt(args, args.vocab_size, device, DTYPES[precision])
@@ -106,10 +126,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--quantize", choices=QUANTIZE, nargs="+", default=list(QUANTIZE), help="of the matrices")
     flags.add_argument(
         "--kv-cache-dtype",
-        choices=["int8"],
+        choices=list(EIGHT_BITS),
         nargs="*",
         default=[],
-        help="also measure the native engine with keys and values in 8 bits; default: do not",
+        help="also measure the reference, and for int8 native engines, with keys and values in 8 bits; default: none",
     )
     add_gpt_args(flags)
     add_runtime_args(flags)

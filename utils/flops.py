@@ -105,9 +105,13 @@ def decode_flops_per_token(shape: GPTShape, context: int) -> int:
     return 2 * (block_weights(shape) + head_weights(shape)) + _attention_flops(shape, context)
 
 
-def cache_bytes(shape: GPTShape, rows: int, positions: int, bytes_per_value: int = 2) -> int:
-    """Bytes of the keys and values of `rows` sequences; guidance doubles the rows."""
-    return 2 * rows * positions * shape.n_layer * shape.kv_heads * shape.head_dim * bytes_per_value
+def cache_bytes(shape: GPTShape, rows: int, positions: int, bytes_per_value: int = 2, bytes_per_scale: int = 0) -> int:
+    """Bytes of the keys and values of `rows` sequences; guidance doubles the rows.
+
+    Caches in 8 bits have a value of 1 byte and, for each key and each value vector, a scale of 4.
+    """
+    vectors = 2 * rows * positions * shape.n_layer * shape.kv_heads
+    return vectors * (shape.head_dim * bytes_per_value + bytes_per_scale)
 
 
 def decode_bytes_per_step(shape: GPTShape, rows: int, context: int, bytes_per_value: int = 2) -> int:

@@ -20,19 +20,23 @@ from autoregressive.engine.kernels.linear import MAX_ROWS, Stream, add_linear, e
 from autoregressive.engine.kernels.sampler import advance, sample_tokens
 from autoregressive.engine.static import DecodeBuffers, GraphKey, StaticEngine
 from autoregressive.engine.weight_only import Int8Linear
-from autoregressive.models.cache import DecodeCache, FixedCache, KVCache
+from autoregressive.models.cache import EIGHT_BITS, DecodeCache, FixedCache, KVCache
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.layers import RMSNorm
 
 
-def unsupported(model: Transformer) -> str | None:
-    """Why the fused kernels cannot compute this model; None if they can."""
+def unsupported(model: Transformer, kv_cache_dtype: str = "auto") -> str | None:
+    """Why the fused kernels cannot compute this model with such caches; None if they can."""
     weight = model.tok_embeddings.weight
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if weight.device.type != "cuda" and not interpreted:
         return f"Triton kernels run on a GPU, the model is on {weight.device}"
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return "the kernels are for GPUs of compute capability 8.0 (Ampere) and later"
+    if weight.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(weight.device)
+        if capability < (8, 0):
+            return "the kernels are for GPUs of compute capability 8.0 (Ampere) and later"
+        if kv_cache_dtype == "fp8" and capability < (8, 9):
+            return "fp8 caches are for GPUs of compute capability 8.9 (Ada) and later; int8 caches are for all"
     if model.config.dim % 8 or model.config.ffn_hidden % 8:
         return f"the widths {model.config.dim} and {model.config.ffn_hidden} are not both multiples of 8"
     return None
@@ -44,16 +48,19 @@ class FusedEngine(StaticEngine):
     Up to 32 guided images of classes, an image does not depend on its batch, to the last bit. Captions are read by
     cuBLAS, whose roundings may depend on their number.
 
+    `kv_cache_dtype` "int8" or "fp8" holds keys and values in 8 bits, "auto" in the model's format.
+
     Raises:
-        ValueError: a model that the kernels cannot compute.
+        ValueError: a model that the kernels cannot compute, or caches that the GPU has no numbers for.
     """
 
     name = "triton"
 
-    def __init__(self, model: Transformer, quantize: str = "none") -> None:
-        if reason := unsupported(model):
+    def __init__(self, model: Transformer, quantize: str = "none", kv_cache_dtype: str = "auto") -> None:
+        if reason := unsupported(model, kv_cache_dtype):
             raise ValueError(f"the triton engine cannot compute this model: {reason}")
         super().__init__(model, quantize, compile_blocks=False)
+        self.kv_cache_dtype = kv_cache_dtype
 
     def new_cache(
         self, rows: int, positions: int, dtype: torch.dtype, device: torch.device, key_mask: Tensor | None
@@ -61,7 +68,7 @@ class FusedEngine(StaticEngine):
         """As `StaticEngine.new_cache`. ValueError if a caption is padded anywhere but in front."""
         if key_mask is not None and bool((key_mask[:, 1:] < key_mask[:, :-1]).any()):
             raise ValueError("the triton engine needs captions that are padded on the left; use --engine compiled")
-        return super().new_cache(rows, positions, dtype, device, key_mask)
+        return super().new_cache(rows, positions, EIGHT_BITS.get(self.kv_cache_dtype, dtype), device, key_mask)
 
     def __call__(
         self,
@@ -148,8 +155,9 @@ class _Step:
     def attend(self, qkv: Tensor, kv: KVCache, n_head: int) -> Tensor:
         """Attention (rows, dim) of qkv (rows, heads), whose keys and values are stored at the position."""
         return decode_attention(
-            qkv, self.model.freqs_cis, self.position, kv.k_cache, kv.v_cache, n_head=n_head, first_key=self.first_key
-        )
+            qkv, self.model.freqs_cis, self.position, kv.k_cache, kv.v_cache, n_head=n_head, first_key=self.first_key,
+            **kv.scales,
+        )  # fmt: skip
 
 
 def _add(x: Tensor, layer: nn.Linear | Int8Linear, stream: Stream, next_norm: RMSNorm) -> Stream:

@@ -282,5 +282,6 @@ def _move_uncond_rows(cache: DecodeCache, images: int, size: int) -> None:
     if images == size:
         return
     for layer in cache.layers:
-        for filled in (layer.k_cache[:, :, : cache.length], layer.v_cache[:, :, : cache.length]):
+        for buffer in layer.buffers():  # keys and values, and their scales if they have any
+            filled = buffer[:, :, : cache.length]
             filled[size : size + images] = filled[images : 2 * images].clone()

@@ -35,6 +35,7 @@ EXTRA_NAMES = {
     "precision": "precision",
     "decode_precision": "decode",
     "quantize": "quantize",
+    "kv_cache_dtype": "kv-cache",
     "use_ema": "ema",
     "balanced_labels": "balanced",
 }
@@ -43,6 +44,9 @@ NOT_A_SETTING = (
     "compile", "device", "from_fsdp", "gpt_ckpt", "npz", "num_fid_samples", "num_threads", "num_workers",
     "per_proc_batch_size", "sample_dir", "vq_ckpt",
 )  # fmt: skip
+
+# Settings that came with time: their defaults are not noted, so that sets begun before there was a choice go on.
+_LATER_DEFAULTS = {"decode_precision": "none", "kv_cache_dtype": "auto"}
 
 
 def sample_image_set(args: argparse.Namespace, defaults: Mapping[str, Any]) -> Path:
@@ -94,8 +98,9 @@ def folder_name(args: argparse.Namespace, defaults: Mapping[str, Any], subject: 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the pictures. The checkpoints are known by their content, as many have the same name."""
     decide = {name: value for name, value in vars(args).items() if name not in NOT_A_SETTING}
-    if decide["decode_precision"] == "none":  # as in sets that were begun before there was a choice
-        del decide["decode_precision"]
+    for name, default in _LATER_DEFAULTS.items():
+        if decide[name] == default:
+            del decide[name]
     if is_main():  # it alone compares them
         decide |= {f"{kind}_sha256": sha256_of(file_of(getattr(args, f"{kind}_ckpt"))) for kind in ("gpt", "vq")}
     return decide

@@ -113,7 +113,7 @@ def load_models(args: argparse.Namespace, device: torch.device, gpt_type: str = 
     tokenizer = load_tokenizer(args, device)
     gpt = load_gpt(args, tokenizer.config.codebook_size, device, DTYPES[args.precision])
     require_null_class(gpt, args)
-    return make_engine(gpt, engine_name(args), args.quantize), tokenizer
+    return make_engine(gpt, engine_name(args), args.quantize, args.kv_cache_dtype), tokenizer
 
 
 def make_decoder(args: argparse.Namespace, tokenizer: VQModel, batch_size: int = GPU_BATCH) -> ImageDecoder:

@@ -20,7 +20,8 @@ EMOJI = Path(__file__).resolve().parents[2] / "pretrained" / "emoji"  # models t
 SAMPLING = ("cfg_scale", "top_k", "top_p", "temperature")  # what a request can set
 _OF_ANY_MODEL = (
     *SAMPLING, "cfg_interval", "cfg_start", "cfg_schedule", "cfg_power", "min_p", "temperature_end",
-    "temperature_schedule", "device", "num_threads", "engine", "compile", "quantize", "precision", "decode_precision",
+    "temperature_schedule", "device", "num_threads", "engine", "compile", "quantize", "kv_cache_dtype",
+    "precision", "decode_precision",
 )  # fmt: skip
 _PATHS = ("gpt-ckpt", "vq-ckpt", "class-names")  # flags that name files
 _UNSET: Any = object()

@@ -43,7 +43,8 @@ _ASKED = 2  # times to tell a process of a picture, should it be gone
 _PREVIEW_SECONDS = 0.5  # between two previews of a picture
 # flags of samplers that vLLM has no counterpart of here
 _LOCAL_FLAGS = (
-    "cfg_start", "cfg_schedule", "min_p", "temperature_end", "quantize", "negative_prompt", "no_left_padding",
+    "cfg_start", "cfg_schedule", "min_p", "temperature_end", "quantize", "kv_cache_dtype", "negative_prompt",
+    "no_left_padding",
 )  # fmt: skip
 
 

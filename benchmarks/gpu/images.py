@@ -37,7 +37,7 @@ def run(context: Context) -> None:
         for batch, first in ((small, True), (small, False), (large, True), (large, False)):
             name = f"images, batch {batch}, decoder {precision}"
             with context.attempt(name):
-                reason = _reason_to_skip(context, engine.model.config, batch, first)
+                reason = _reason_to_skip(context, args, engine.model.config, batch, first)
                 if reason:
                     context.record(name, skipped=reason)
                 else:
@@ -62,17 +62,21 @@ def random_models(args: argparse.Namespace, device: torch.device) -> tuple[Engin
         gpt = build_gpt(args, tokenizer.config.codebook_size)
         torch.nn.init.normal_(gpt.output.weight, std=gpt.config.initializer_range)
     gpt = gpt.to(DTYPES[args.precision]).eval()
-    return make_engine(gpt, engine_name(args), args.quantize), tokenizer
+    return make_engine(gpt, engine_name(args), args.quantize, args.kv_cache_dtype), tokenizer
 
 
-def _reason_to_skip(context: Context, config: ModelArgs, batch: int, first: bool) -> str | None:
+def _reason_to_skip(
+    context: Context, args: argparse.Namespace, config: ModelArgs, batch: int, first: bool
+) -> str | None:
     """Why a batch cannot be sampled here, or None."""
     if context.seconds_left < (14 if first else 10):
         return f"{context.seconds_left:.0f} s left"
     if context.device.type != "cuda":
         return None
     weights = 2 * (block_weights(config) + head_weights(config))
-    needed = (weights + cache_bytes(config, 2 * batch, config.cls_token_num + config.block_size)) / 1e9 + _SPARE_GB
+    value, scale = (2, 0) if args.kv_cache_dtype == "auto" else (1, 4)
+    caches = cache_bytes(config, 2 * batch, config.cls_token_num + config.block_size, value, scale)
+    needed = (weights + caches) / 1e9 + _SPARE_GB
     there = torch.cuda.get_device_properties(context.device).total_memory / 1e9
     return f"needs about {needed:.0f} of {there:.0f} GB" if needed > there else None
 

@@ -46,7 +46,7 @@ def test_each_format_is_measured_against_the_reference(monkeypatch):
     monkeypatch.setattr(ClassInputs, "codes", lambda self, path: data)
     args = argparse.Namespace(
         precision=["none", "bf16"], quantize=["none", "int8"], vocab_size=300, code_path="", images=None, batch_size=3,
-        kv_cache_dtype=["int8"], gpt_type="c2i",
+        kv_cache_dtype=["int8", "fp8"], gpt_type="c2i",
     )  # fmt: skip
     found = quantization.measure(args, torch.device("cpu"))
     with torch.no_grad():
@@ -60,3 +60,6 @@ def test_each_format_is_measured_against_the_reference(monkeypatch):
     for name in ("none none", "bf16 none", "none int8", "bf16 int8"):
         cached, full = found[f"native {name}, int8 caches"], found[f"native {name}"]
         assert cached != full and abs(cached["bits_per_token"] - full["bits_per_token"]) < 0.02
+    for name in ("int8", "fp8"):
+        cached = found[f"reference, {name} caches"]
+        assert cached != found["reference"] and abs(cached["bits_per_token"] - bits) < 0.05

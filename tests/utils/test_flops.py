@@ -91,6 +91,8 @@ def test_decoding_by_hand():
     weights = TINY_BLOCKS + 32 * 64
     assert flops.decode_flops_per_token(shape, context=10) == 2 * weights + 4 * 2 * 32 * 10
     assert flops.cache_bytes(shape, rows=3, positions=10) == 2 * 3 * 10 * 2 * 32 * 2 == 7680
+    # in 8 bits: half of it, and 4 bytes for each of the 240 keys and values of 2 heads in 2 blocks
+    assert flops.cache_bytes(shape, 3, 10, bytes_per_value=1, bytes_per_scale=4) == 3840 + 4 * 240
     assert flops.decode_bytes_per_step(shape, 3, 10) == 2 * weights + 7680
     assert flops.decode_bytes_per_step(shape, 3, 10, bytes_per_value=4) == 2 * flops.decode_bytes_per_step(shape, 3, 10)
     # 15 steps that see 2, 3, ... 16 positions: 135 in all

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autoregressive.engine.kernels.launch import dependent_launch, prefetch, wait_for_inputs
+from autoregressive.models.cache import LARGEST
 
 
 class Config(NamedTuple):
@@ -55,11 +56,42 @@ def _rotated(x, angles, lanes, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def _quantized(x, INTEGER: tl.constexpr):
+    """The vector `x` in float32 numbers that int8 (INTEGER) or fp8 holds exactly, and its float32 scale.
+
+    Rounds to nearest, ties to even, by adding a number so large that what must go has no place behind it. fp8 has 3
+    bits behind its leading one, which stands at 2^-6 at least.
+    """
+    x = x.to(tl.float32)
+    LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12)
+    scaled = x * tl.div_rn(LARGEST, largest)
+    step = tl.full(x.shape, 1.0, tl.float32)
+    if not INTEGER:
+        leading = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = tl.maximum(leading, 0.015625) * 0.125
+    large = step * 12582912.0  # 1.5 * 2^23
+    return (scaled + large) - large, largest * (1 / LARGEST)
+
+
+@triton.jit
+def _as_float32(x):
+    """`x` in float32; int8 through the bits of 1.5 * 2^23 + x, as the GPU has few units that convert integers."""
+    if x.dtype == tl.int8:
+        wide = (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def _attend_cached(
-    q, keys, values, first, position, lanes,
+    q, keys, values, key_scales, value_scales, first, position, lanes,
     POSITION_STRIDE: tl.constexpr, LOADED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention over the cached positions first..position-1 in TILE slots; slot i takes the keys first + i + n * TILE.
+
+    `key_scales` and `value_scales` point to a number for each position, or are None.
 
     Returns the maximum (TILE,) of the scores of each slot, and with weights 2^(score - maximum) their sum (TILE,) and
     the weighted sum of values (TILE, lanes). Slots meet only after the loop: nothing in it is reduced across warps.
@@ -73,14 +105,19 @@ def _attend_cached(
         at = start + slots
         offsets = at[:, None] * POSITION_STRIDE + lanes[None, :]
         inside = (at < position)[:, None] & (lanes < LOADED)[None, :]
-        k = tl.load(keys + offsets, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + offsets, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(at < position, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        k = _as_float32(tl.load(keys + offsets, mask=inside, other=0.0))
+        v = _as_float32(tl.load(values + offsets, mask=inside, other=0.0))
+        scores = tl.sum(k * q[None, :], axis=1)
+        if key_scales is not None:
+            scores *= tl.load(key_scales + at, mask=at < position, other=0.0)
+        scores = tl.where(at < position, scores, float("-inf"))
         before = highest
         highest = tl.maximum(before, scores)
         fade = tl.exp2(before - highest)
         weight = tl.exp2(scores - highest)
         total = tl.fma(total, fade, weight)
+        if value_scales is not None:
+            weight *= tl.load(value_scales + at, mask=at < position, other=0.0)
         mixed = tl.fma(tl.broadcast_to(weight[:, None], mixed.shape), v, mixed * fade[:, None])
     return highest, total, mixed
 
@@ -97,7 +134,7 @@ def _prefetch_cached(keys, values, start, end):
 
 @triton.jit
 def _decode_attention_kernel(
-    qkv, qkv_row_stride, rope_table, position_pointer, first_key, k_cache, v_cache, out, score_scale,
+    qkv, qkv_row_stride, rope_table, position_pointer, first_key, k_cache, v_cache, k_scale, v_scale, out, score_scale,
     N_HEAD: tl.constexpr, N_KV_HEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROW_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, POSITION_STRIDE: tl.constexpr,
     LOADED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -115,6 +152,11 @@ def _decode_attention_kernel(
         first = tl.maximum(tl.load(first_key + row), 0).to(tl.int32)
     keys = k_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
     values = v_cache + row * ROW_STRIDE + kv_head * HEAD_STRIDE
+    key_scales = None
+    value_scales = None
+    if k_scale is not None:
+        key_scales = k_scale + row * (ROW_STRIDE // POSITION_STRIDE) + kv_head * (HEAD_STRIDE // POSITION_STRIDE)
+        value_scales = v_scale + row * (ROW_STRIDE // POSITION_STRIDE) + kv_head * (HEAD_STRIDE // POSITION_STRIDE)
     if PREFETCH:
         _prefetch_cached(keys, values, first * POSITION_STRIDE, position * POSITION_STRIDE)
     if PDL:
@@ -126,19 +168,29 @@ def _decode_attention_kernel(
     new_v = tl.load(heads + (N_HEAD + N_KV_HEAD + kv_head) * HEAD_DIM + lanes, mask=lanes < HEAD_DIM, other=0.0)
 
     highest, total, mixed = _attend_cached(
-        q, keys, values, first, position, lanes, POSITION_STRIDE, LOADED, TILE, STAGES
+        q, keys, values, key_scales, value_scales, first, position, lanes, POSITION_STRIDE, LOADED, TILE, STAGES
     )
 
     # No program reads these entries: each has the new key and value in registers. One head of a group stores them.
-    stored = (lanes < HEAD_DIM) & (head % (N_HEAD // N_KV_HEAD) == 0)
-    tl.store(keys + position * POSITION_STRIDE + lanes, new_k, mask=stored)
-    tl.store(values + position * POSITION_STRIDE + lanes, new_v, mask=stored)
+    stores = head % (N_HEAD // N_KV_HEAD) == 0
+    stored = (lanes < HEAD_DIM) & stores
+    if k_scale is not None:
+        new_k, new_k_scale = _quantized(new_k, k_cache.dtype.element_ty == tl.int8)
+        new_v, new_v_scale = _quantized(new_v, v_cache.dtype.element_ty == tl.int8)
+        tl.store(key_scales + position, new_k_scale, mask=stores)
+        tl.store(value_scales + position, new_v_scale, mask=stores)
+    tl.store(keys + position * POSITION_STRIDE + lanes, new_k.to(k_cache.dtype.element_ty), mask=stored)
+    tl.store(values + position * POSITION_STRIDE + lanes, new_v.to(v_cache.dtype.element_ty), mask=stored)
 
     new_score = tl.sum(q * new_k.to(tl.float32), axis=0)
+    if k_scale is not None:
+        new_score *= new_k_scale
     overall = tl.maximum(tl.max(highest, axis=0), new_score)
     share = tl.exp2(highest - overall)
     new_weight = tl.exp2(new_score - overall)
     weights = tl.sum(total * share, axis=0) + new_weight
+    if v_scale is not None:
+        new_weight *= new_v_scale
     weighted = tl.sum(mixed * share[:, None], axis=0) + new_weight * new_v.to(tl.float32)
     at = row * (N_HEAD * HEAD_DIM) + head * HEAD_DIM + lanes
     tl.store(out + at, (weighted / weights).to(out.dtype.element_ty), mask=lanes < HEAD_DIM)
@@ -153,6 +205,8 @@ def decode_attention(
     *,
     n_head: int,
     first_key: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -169,10 +223,16 @@ def decode_attention(
     are written, nothing else. Row i attends to the keys from first_key[i] (int32 or int64 (rows,); None means 0) to
     `position`, always including the latter. Scores, softmax and sums are float32.
 
+    With `k_scale` and `v_scale`, float32 (cache_rows, n_kv_head, positions), the caches are int8 or float8_e4m3fn and
+    hold vector / scale, as `quantize_vectors` makes both: padding counts in 16 numbers, the scales at `position` are
+    written too, and the new key and value are attended to as they are stored. The strides of the scales are those of
+    the caches over the stride of a position. float8_e4m3fn needs a GPU of compute capability 8.9 or later.
+
     `out` receives the result if it is passed. ValueError if shapes, dtypes or strides are not these.
     """
     n_kv_head, head_dim = k_cache.shape[1], k_cache.shape[3]
     _check_caches(k_cache, v_cache, qkv, n_head)
+    _check_formats(k_cache, v_cache, k_scale, v_scale, qkv.dtype)
     _check_positions(rope_table, position, first_key, len(qkv), head_dim)
     if out is None:
         out = torch.empty(len(qkv), n_head * head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -181,15 +241,18 @@ def decode_attention(
     lanes = max(16, triton.next_power_of_2(head_dim))
     config, pdl = config or DEFAULT, dependent_launch(qkv.device)
     row_stride, head_stride, position_stride, _ = k_cache.stride()
-    rounded_up = -(-head_dim // 8) * 8
+    size = k_cache.element_size()
+    word = 16 if size == 1 else 8
+    rounded_up = -(-head_dim // word) * word
     _decode_attention_kernel[(len(qkv) * n_head,)](
-        qkv, qkv.stride(0), rope_table, position, first_key, k_cache, v_cache, out,
+        qkv, qkv.stride(0), rope_table, position, first_key, k_cache, v_cache, k_scale, v_scale, out,
         math.log2(math.e) / math.sqrt(head_dim),
         N_HEAD=n_head, N_KV_HEAD=n_kv_head, HEAD_DIM=head_dim,
         ROW_STRIDE=row_stride, HEAD_STRIDE=head_stride, POSITION_STRIDE=position_stride,
         LOADED=rounded_up if position_stride >= rounded_up else head_dim,
-        LANES=lanes, TILE=max(16, config.tile_bytes // (lanes * qkv.element_size())), STAGES=config.num_stages,
+        LANES=lanes, TILE=max(16, config.tile_bytes // (lanes * size)), STAGES=config.num_stages,
         PREFETCH=config.prefetch and qkv.is_cuda, PDL=pdl, launch_pdl=pdl, num_warps=config.num_warps,
+        maxnreg=128 if size == 1 else None,  # some widths take a few more, and half as many programs would run at once
         enable_fp_fusion=False,  # the rotation rounds as that of PyTorch does; fma stands where it is meant
     )  # fmt: skip
     return out
@@ -202,8 +265,6 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, n_head: int) ->
         raise ValueError("the caches must have equal shapes and strides, the last of which is 1")
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"qkv must be float32, bfloat16 or float16, not {qkv.dtype}")
-    if not k_cache.dtype == v_cache.dtype == qkv.dtype:
-        raise ValueError(f"the caches must be {qkv.dtype} as qkv is, not {k_cache.dtype} and {v_cache.dtype}")
     if n_head % n_kv_head or head_dim % 2:
         raise ValueError(f"{n_kv_head} key heads cannot serve {n_head} query heads of width {head_dim}")
     width = (n_head + 2 * n_kv_head) * head_dim
@@ -211,6 +272,24 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, n_head: int) ->
         raise ValueError(f"qkv must be (rows, {width}) with contiguous rows, not {tuple(qkv.shape)}")
     if len(qkv) > rows:
         raise ValueError(f"the caches have {rows} rows, too few for {len(qkv)}")
+
+
+def _check_formats(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype
+) -> None:
+    """ValueError unless the caches are of `dtype` without scales, or of 8 bits with scales laid out as they are."""
+    if k_scale is None and v_scale is None:
+        if not k_cache.dtype == v_cache.dtype == dtype:
+            raise ValueError(f"the caches must be {dtype} as qkv is, not {k_cache.dtype} and {v_cache.dtype}")
+        return
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in LARGEST:
+        raise ValueError(f"caches with scales are int8 or float8_e4m3fn, not {k_cache.dtype} and {v_cache.dtype}")
+    strides = tuple(stride // k_cache.stride(2) for stride in k_cache.stride()[:3])
+    for scale in (k_scale, v_scale):
+        if scale is None or scale.dtype != torch.float32 or scale.shape != k_cache.shape[:3]:
+            raise ValueError(f"both scales must be float32 {tuple(k_cache.shape[:3])}")
+        if scale.stride() != strides:
+            raise ValueError(f"the scales must have the strides {strides}, not {scale.stride()}")
 
 
 def _check_positions(rope_table: Tensor, position: Tensor, first_key: Tensor | None, rows: int, head_dim: int) -> None:

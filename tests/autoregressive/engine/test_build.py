@@ -33,9 +33,17 @@ def test_names():
         make_engine(model, "fast")
     with pytest.raises(ValueError, match="needs a native, triton or compiled engine"):
         make_engine(model, "eager", "int8")
+    with pytest.raises(ValueError, match="formats of caches auto, int8, fp8; got 'eager', 'none' and 'int4'"):
+        make_engine(model, "eager", "none", "int4")
+    for engine, name in (("eager", "int8"), ("eager", "fp8"), ("compiled", "int8"), ("compiled", "fp8")):
+        with pytest.raises(ValueError, match=f"{name} needs a triton or native engine; {engine} keeps the model's"):
+            make_engine(model, engine, "none", name)
+    for engine in ("native", "auto"):
+        with pytest.raises(ValueError, match="fp8 needs the triton engine and its GPU; the native engine has int8"):
+            make_engine(model, engine, "none", "fp8")
     flags = make_parser(None)
     add_engine_args(flags)
-    assert vars(flags.parse_args([])) == {"engine": "auto", "quantize": "none"}
+    assert vars(flags.parse_args([])) == {"engine": "auto", "quantize": "none", "kv_cache_dtype": "auto"}
 
 
 @needs_compiler
@@ -71,6 +79,8 @@ def test_half_precision_on_a_cpu_is_computed_eagerly(caplog):
     with caplog.at_level(logging.WARNING, logger="llamagen"):
         assert make_engine(random_model().half()).name == "eager"
     assert "torch.float16" in caplog.text
+    with pytest.raises(ValueError, match=r"int8 needs the native engine: .*torch\.float16"):
+        make_engine(random_model().half(), kv_cache_dtype="int8")
 
 
 def test_an_engine_stands_in_for_its_model_and_keeps_its_caches():

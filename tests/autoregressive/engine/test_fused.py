@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autoregressive.models.cache import QuantizedKVCache
 from autoregressive.models.generate import generate
 from autoregressive.models.noise import ImageNoise
+from benchmarks.quantization import RoundedCaches
 from tests.autoregressive.engine.kernels.interpreted import run_interpreted
 from tests.autoregressive.models.tiny import captions, random_model
 
 
-def engine_of(model, quantize="none"):
+def engine_of(model, quantize="none", kv_cache_dtype="auto"):
     """Imports Triton, which reads at its own import whether it is to interpret."""
     from autoregressive.engine.build import make_engine
 
-    engine = make_engine(model, "triton", quantize)
+    engine = make_engine(model, "triton", quantize, kv_cache_dtype)
     assert engine.name == "triton"
     return engine
 
@@ -80,6 +83,27 @@ def check_int8_and_odd_heads(device: str = "cpu") -> None:
     assert (tokens[:, :3] == expected[:, :3]).all()
 
 
+def check_caches_in_eight_bits(device: str = "cpu") -> None:
+    """Tokens of the plain model on such caches, in batches that are filled up and then are not; also drawn one by one
+    with a generator of PyTorch."""
+    classes = random_model(n_kv_head=2, block_size=9).to(device)
+    labels = torch.tensor([1, 2, 3], device=device)
+    texts = random_model(1, model_type="t2i", cls_token_num=5, block_size=9).to(device)
+    features, mask = captions(3, [5, 2, 1], 5)
+    for name in ("int8", "fp8"):
+        engine, plain = engine_of(classes, kv_cache_dtype=name), RoundedCaches(classes, name)
+        for cond in (labels, labels[:1]):
+            assert same_tokens(engine, plain, cond, 5, cfg_scale=3.0, cfg_interval=3, top_k=20)
+        assert all(isinstance(layer, QuantizedKVCache) for layer in engine._cache.layers)
+        drawn = [
+            generate(m, labels, 9, cfg_scale=2.0, generators=[torch.Generator(device).manual_seed(i) for i in range(3)])
+            for m in (engine, plain)
+        ]
+        assert torch.equal(*drawn)
+        engine, plain = engine_of(texts, kv_cache_dtype=name), RoundedCaches(texts, name)
+        assert same_tokens(engine, plain, features.to(device), 4, mask.to(device), cfg_scale=3.0, top_k=30)
+
+
 def test_classes_with_every_option():
     run_interpreted(__name__, "check_classes_with_every_option")
 
@@ -96,6 +120,23 @@ def test_int8_and_odd_heads():
     run_interpreted(__name__, "check_int8_and_odd_heads")
 
 
+def test_caches_in_eight_bits():
+    run_interpreted(__name__, "check_caches_in_eight_bits")
+
+
 def test_without_a_gpu_the_engine_says_why():
     with pytest.raises(ValueError, match="run on a GPU, the model is on cpu"):
         engine_of(random_model())
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
+    pytest.importorskip("triton")
+    from autoregressive.engine.fused import unsupported
+
+    with FakeTensorMode(), torch.device("cuda"):
+        model = random_model()
+    for capability, has_fp8 in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        assert unsupported(model, "int8") is None
+        reason = unsupported(model, "fp8")
+        assert reason is None if has_fp8 else "8.9 (Ada) and later" in reason

@@ -5,6 +5,7 @@ The check functions run interpreted on the CPU, and compiled where they are call
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.cache import KVCache
+from autoregressive.models.cache import EIGHT_BITS, KVCache, QuantizedKVCache
 from autoregressive.models.config import ModelArgs
 from autoregressive.models.layers import Attention
 from autoregressive.models.rope import apply_rotary_emb, precompute_freqs_cis_2d
@@ -219,9 +220,98 @@ def check_model(device: str = "cpu") -> None:
     assert torch.equal(fused.v_cache, plain.v_cache)
 
 
+def _quantized(step: Step, dtype: torch.dtype) -> QuantizedKVCache:
+    """The keys and values of the step's storage in a cache in 8 bits."""
+    keys, values = step.caches
+    cache = QuantizedKVCache(len(keys), _POSITIONS, keys.shape[1], step.head_dim, dtype, keys.device)
+    cache.update(torch.arange(_POSITIONS, device=keys.device), keys, values)
+    return cache
+
+
+def _run_quantized(
+    step: Step, cache: QuantizedKVCache, position: int, first_key: Tensor | None = None, rows: int | None = None
+) -> Tensor:
+    """What the kernel returns for the first `rows` rows (None: all); the cache changes."""
+    qkv = step.qkv[:rows]
+    return decode_attention(
+        qkv, step.rope_table, torch.tensor([position], device=qkv.device), cache.k_cache, cache.v_cache,
+        n_head=step.n_head, first_key=first_key, **cache.scales,
+    )  # fmt: skip
+
+
+def _check_quantized(step: Step, dtype: torch.dtype, position: int, first_key: Tensor | None = None) -> None:
+    """Output and cache against `QuantizedKVCache` of PyTorch, where what must not be seen has scales that are NaN."""
+    rows, cache = len(step.qkv), _quantized(step, dtype)
+    first = torch.zeros(rows, dtype=torch.int64) if first_key is None else first_key.cpu().clamp(max=position)
+    keys = torch.arange(_POSITIONS)
+    hidden = ((keys > position) | (keys < first[:, None]))[:, None].to(step.qkv.device)
+    for scale in cache.scales.values():
+        scale[:rows].masked_fill_(hidden, float("nan"))
+    expected = copy.deepcopy(cache)
+    for scale in cache.scales.values():
+        scale[:rows, :, position] = float("nan")
+    out = _run_quantized(step, cache, position, first_key)
+
+    projected = step.qkv.unflatten(-1, (-1, step.head_dim))[:, None]
+    turned = projected[:, :, : step.n_head + cache.k_cache.shape[1]].float()
+    rotated = _cast(apply_rotary_emb(turned, step.rope_table[position : position + 1]), step.qkv.dtype)
+    q, k = rotated[:, :, : step.n_head].transpose(1, 2), rotated[:, :, step.n_head :].transpose(1, 2)
+    v = projected[:, :, step.n_head + k.shape[1] :].transpose(1, 2)
+    at = torch.tensor([position], device=q.device)
+    keys, values = (stored.double().nan_to_num() for stored in expected.update(at, k.float(), v.float()))
+    mixed = F.scaled_dot_product_attention(q.double(), keys, values, attn_mask=~hidden[:, :, None], enable_gqa=True)
+    tolerance = _RELATIVE[out.dtype]
+    torch.testing.assert_close(out.double(), mixed.flatten(1), rtol=tolerance, atol=tolerance / 4)
+    for buffer, wanted in zip(cache.buffers(), expected.buffers()):
+        torch.testing.assert_close(buffer.float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def check_eight_bits(device: str = "cpu") -> None:
+    """Keys and values with scales, padded or not, grouped heads, first keys, the first positions and the last."""
+    for dtype in EIGHT_BITS.values():
+        for model_format, head_dim, heads in (
+            (torch.float32, 32, 4), (torch.bfloat16, 64, 2), (torch.bfloat16, 100, 2), (torch.float16, 48, 2),
+        ):  # fmt: skip
+            step = _step(device, model_format, head_dim, heads=heads)
+            for position in (0, 1, _CONDITION, 130, _POSITIONS - 1):
+                _check_quantized(step, dtype, position)
+        step = _step(device, torch.float32, 64, rows=4)
+        _check_quantized(step, dtype, 150, torch.tensor([0, 5, 149, 151], device=device))
+
+
+def check_eight_bit_rounding(device: str = "cpu") -> None:
+    """To the nearest number of the format, ties to the even one; a vector of zeros stays one."""
+    values = {
+        torch.int8: ([127, 0.5, 1.5, -2.5, 3.49, -126.5], [127, 0, 2, -2, 3, -126]),
+        # steps are 2 from 16 on, 1/8 from 1 on, and 2^-9 below 2^-6
+        torch.float8_e4m3fn: ([448, 17, 19, -1.97, 2**-10, 3 * 2**-10], [448, 16, 20, -2, 0, 2**-8]),
+    }
+    for dtype, (given, wanted) in values.items():
+        step = _step(device, torch.float32, 32)
+        step.qkv[0, -32:] = F.pad(torch.tensor(given, device=device), (0, 26))
+        step.qkv[1, -32:] = 0
+        cache = _quantized(step, dtype)
+        _run_quantized(step, cache, 9)
+        assert cache.v_cache[0, 1, 9, :6].tolist() == wanted and not cache.v_cache[0, 1, 9, 6:].float().any()
+        assert cache.v_scale[0, 1, 9] == 1
+        assert not cache.v_cache[1, 1, 9].float().any() and 0 < cache.v_scale[1, 1, 9] < 1e-12
+
+
+def check_eight_bit_rows(device: str = "cpu") -> None:
+    """A row has the same bits whatever the number of rows, and whatever the others contain."""
+    for dtype in EIGHT_BITS.values():
+        step = _step(device, torch.bfloat16, 64, rows=5)
+        whole = _run_quantized(step, _quantized(step, dtype), 150)
+        for rows in (1, 2, 4):
+            assert torch.equal(_run_quantized(step, _quantized(step, dtype), 150, rows=rows), whole[:rows])
+        step.qkv[0], step.storage[:, 0] = 3.0, -1.0
+        assert torch.equal(_run_quantized(step, _quantized(step, dtype), 150)[1:], whole[1:])
+
+
 @pytest.mark.parametrize("check", [
     "check_head_widths", "check_positions", "check_grouped_heads", "check_first_keys", "check_condition", "check_rows",
-    "check_wide_rows", "check_replay", "check_model",
+    "check_wide_rows", "check_replay", "check_model", "check_eight_bits", "check_eight_bit_rounding",
+    "check_eight_bit_rows",
 ])  # fmt: skip
 def test_interpreted(check: str) -> None:
     run_interpreted(__name__, check)
@@ -254,3 +344,25 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(**{**arguments, name: wrong})
+
+
+def test_wrong_caches_in_eight_bits() -> None:
+    step = _step("cpu", torch.float32, 32)
+    cache = _quantized(step, torch.int8)
+    keys, values, scales = cache.k_cache, cache.v_cache, cache.scales
+    arguments = {
+        "qkv": step.qkv, "rope_table": step.rope_table, "position": torch.tensor([1]), "n_head": 2,
+        "k_cache": keys, "v_cache": values, **scales,
+    }  # fmt: skip
+    short, turned = scales["k_scale"][:, :, 1:], scales["k_scale"].mT.contiguous().mT
+    for changed, message in (
+        ({"k_scale": None, "v_scale": None}, "must be torch.float32 as qkv is, not torch.int8"),
+        ({"k_cache": step.caches[0], "v_cache": step.caches[1]}, "int8 or float8_e4m3fn, not torch.float32"),
+        ({"k_cache": keys.view(torch.float8_e4m3fn)}, "not torch.float8_e4m3fn and torch.int8"),
+        ({"v_scale": None}, r"float32 \(3, 2, 210\)"),
+        ({"k_scale": short}, r"float32 \(3, 2, 210\)"),
+        ({"k_scale": scales["k_scale"].half()}, "float32"),
+        ({"k_scale": turned}, r"strides \(420, 210, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_attention(**{**arguments, **changed})
