@@ -82,8 +82,7 @@ def _native(model: Transformer, quantize: str, kv_cache_dtype: str) -> Engine:
     """The engine in C++. ValueError for caches or a model that it does not have; CannotCompile without a compiler."""
     if kv_cache_dtype == "fp8":
         raise ValueError("--kv-cache-dtype fp8 needs the triton engine and its GPU; the native engine has int8")
-    chosen = {} if kv_cache_dtype == "auto" else {"kv_cache_dtype": kv_cache_dtype}
-    return NativeEngine(model, quantize, **chosen)
+    return NativeEngine(model, quantize, kv_cache_dtype=kv_cache_dtype)
 
 
 def _fused(model: Transformer, quantize: str, kv_cache_dtype: str) -> Engine:

@@ -6,7 +6,7 @@ weights: the speed does not depend on them. Whole images are generated, so posit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,43 +19,61 @@ from autoregressive.models.noise import ImageNoise
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.probe import ceilings
 from benchmarks.gpu.profiling import profile, short
-from benchmarks.sampling import step_cost
-from utils.flops import hardware_of
+from utils.flops import block_weights, cache_bytes, decode_flops_per_token, hardware_of, head_weights
 
 _OPTIONS = {"cfg_scale": 2.0, "top_k": 2000}
 
-# size, edge in pixels, images at once, engine, quantization; what tells most comes first
+
+class Case(NamedTuple):
+    """What is timed: images of `edge` pixels, `images` of them at once."""
+
+    size: str
+    edge: int
+    images: int
+    engine: str = "triton"
+    quantize: str = "none"
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return " ".join(str(value) for value in self)
+
+
+# what tells most comes first
 _CASES = (
-    ("GPT-L", 384, 8, "triton", "none"),
-    ("GPT-L", 384, 256, "triton", "none"),
-    ("GPT-L", 384, 1, "triton", "none"),
-    ("GPT-3B", 384, 8, "triton", "none"),
-    ("GPT-XL", 384, 8, "triton", "none"),
-    ("GPT-XXL", 384, 8, "triton", "none"),
-    ("GPT-XL", 384, 256, "triton", "none"),
-    ("GPT-B", 256, 256, "triton", "none"),
-    ("GPT-L", 256, 256, "triton", "none"),
-    ("GPT-3B", 384, 8, "triton", "int8"),
-    ("GPT-L", 384, 8, "triton", "int8"),
-    ("GPT-L", 384, 8, "compiled", "none"),
-    ("GPT-L", 384, 256, "compiled", "none"),
-    ("GPT-L", 384, 8, "eager", "none"),
+    Case("GPT-L", 384, 8),
+    Case("GPT-L", 384, 256),
+    Case("GPT-L", 384, 1),
+    Case("GPT-3B", 384, 8),
+    Case("GPT-XL", 384, 8),
+    Case("GPT-XXL", 384, 8),
+    Case("GPT-XL", 384, 256),
+    Case("GPT-L", 384, 256, kv_cache_dtype="fp8"),
+    Case("GPT-L", 384, 256, kv_cache_dtype="int8"),
+    Case("GPT-B", 256, 256),
+    Case("GPT-L", 256, 256),
+    Case("GPT-3B", 384, 8, quantize="int8"),
+    Case("GPT-L", 384, 8, quantize="int8"),
+    Case("GPT-L", 384, 8, "compiled"),
+    Case("GPT-L", 384, 256, "compiled"),
+    Case("GPT-L", 384, 8, "eager"),
 )
-_TINY = (("GPT-XS", 64, 2, "compiled", "none"), ("GPT-XS", 64, 2, "eager", "none"))
+_TINY = (Case("GPT-XS", 64, 2, "compiled"), Case("GPT-XS", 64, 2, "eager"))
 
 
 def run(context: Context) -> None:
     """Time every case, and profile steps of the first model."""
     models: dict[tuple[str, int], Transformer] = {}
-    for size, edge, batch, engine, quantize in _TINY if context.tiny else _CASES:
-        if not context.has_time("step", 12, case=f"{size} {edge} px x{batch} {engine} {quantize}"):
+    for case in _TINY if context.tiny else _CASES:
+        if not context.has_time("step", 12, case=case.name):
             continue
-        if (size, edge) not in models:
+        if (case.size, case.edge) not in models:
             models.clear()
             context.free()
-            models[size, edge] = random_gpt(size, edge, context.device)
-        with context.attempt(f"{size}, {edge} px, {batch} images, {engine}, {quantize}"):
-            measure(context, models[size, edge], (size, edge, batch, engine, quantize))
+            models[case.size, case.edge] = random_gpt(case.size, case.edge, context.device)
+        with context.attempt(case.name):
+            measure(context, models[case.size, case.edge], case)
 
 
 def random_gpt(size: str, edge: int, device: torch.device) -> Transformer:
@@ -67,31 +85,38 @@ def random_gpt(size: str, edge: int, device: torch.device) -> Transformer:
     return model.bfloat16().eval()
 
 
-def measure(context: Context, model: Transformer, case: tuple[str, int, int, str, str]) -> None:
+def measure(context: Context, model: Transformer, case: Case) -> None:
     """Milliseconds a step of one case, beside its floors; the first generation prepares and does not count."""
-    size, edge, batch, name, quantize = case
     context.reset_peak()
     started = context.synchronize()
-    engine = make_engine(model, name, quantize)
-    engine.warm_up(batch, **_OPTIONS)
+    engine = make_engine(model, case.engine, case.quantize, case.kv_cache_dtype)
+    engine.warm_up(case.images, **_OPTIONS)
     ready = context.synchronize() - started
-    labels = torch.arange(batch, device=context.device) * 37 % 1000
-    seconds = [generation_seconds(context, engine, labels) for _ in range(2 if batch <= 8 and name != "eager" else 1)]
-    steps = model.block_size
-    ms = min(seconds) / steps * 1e3
-    cost = step_cost(model, 2 * batch, 1 if quantize == "int8" else 2)
+    labels = torch.arange(case.images, device=context.device) * 37 % 1000
+    repeats = 2 if case.images <= 8 and case.engine != "eager" else 1
+    seconds = min(generation_seconds(context, engine, labels) for _ in range(repeats))
+    ms = seconds / model.block_size * 1e3
+    read = step_bytes(model, case)
     copy_gb_per_s, product_tflops = ceilings(context)
-    floor = max(cost["bytes"] / copy_gb_per_s / 1e6, cost["flops"] / product_tflops / 1e9)
+    flops = 2 * case.images * decode_flops_per_token(model.config, 1 + model.block_size // 2)
+    floor = max(read / copy_gb_per_s / 1e6, flops / product_tflops / 1e9)
     sheet = hardware_of(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
     context.record(
-        "step", size=size, pixels=edge, images=batch, engine=engine.name, quantize=quantize, ms=round(ms, 4),
-        floor_ms=round(floor, 4), times_floor=round(ms / floor, 2),
-        data_sheet_floor_ms=sheet and round(cost["bytes"] / sheet.bytes_per_second * 1e3, 4),
-        tokens_per_s=round(batch / ms * 1e3), images_per_s=round(batch / min(seconds), 2), ready_s=round(ready, 1),
-        peak_gb=round(context.peak_memory_gb(), 1),
+        "step", **case._asdict(), ms=round(ms, 4), floor_ms=round(floor, 4), times_floor=round(ms / floor, 2),
+        data_sheet_floor_ms=sheet and round(read / sheet.bytes_per_second * 1e3, 4),
+        tokens_per_s=round(case.images / ms * 1e3), images_per_s=round(case.images / seconds, 2),
+        ready_s=round(ready, 1), peak_gb=round(context.peak_memory_gb(), 1),
     )  # fmt: skip
-    if context.device.type == "cuda" and batch in (8, 256) and name != "eager" and size in ("GPT-L", "GPT-3B"):
-        profile_step(context, engine, labels, f"{size} x{batch} {engine.name} {quantize}")
+    profiled = case.images in (8, 256) and case.engine != "eager" and case.size in ("GPT-L", "GPT-3B")
+    if context.device.type == "cuda" and profiled:
+        profile_step(context, engine, labels, case.name)
+
+
+def step_bytes(model: Transformer, case: Case) -> int:
+    """Bytes that a guided step at the average position reads: all matrices once, and the keys and values so far."""
+    weights = (block_weights(model.config) + head_weights(model.config)) * (1 if case.quantize == "int8" else 2)
+    each = {"bytes_per_value": 2} if case.kv_cache_dtype == "auto" else {"bytes_per_value": 1, "bytes_per_scale": 4}
+    return weights + cache_bytes(model.config, 2 * case.images, 1 + model.block_size // 2, **each)
 
 
 def generation_seconds(context: Context, engine: Engine, labels: torch.Tensor) -> float:
