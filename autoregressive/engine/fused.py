@@ -79,8 +79,12 @@ class FusedEngine(StaticEngine):
         cache: DecodeCache,
         last_only: bool = False,
     ) -> tuple[Tensor, None]:
-        """As `Engine.__call__`. A class is one position, which the kernels of a decode step compute."""
-        if idx is not None or self.model.model_type != "c2i" or len(cond_idx) > MAX_ROWS:  # type: ignore[arg-type]
+        """As `Engine.__call__`. A class is one position, which the kernels of a decode step compute.
+
+        Not with caches in 8 bits: a condition attends to itself as it was before rounding.
+        """
+        few = self.model.model_type == "c2i" and idx is None and len(cond_idx) <= MAX_ROWS  # type: ignore[arg-type]
+        if not few or self.kv_cache_dtype != "auto":
             return super().__call__(idx, cond_idx, input_pos, cache=cache, last_only=last_only)
         cache.extend(len(cond_idx), 1)  # type: ignore[arg-type]
         classes = self.model.cls_embedding.embedding_table.weight
