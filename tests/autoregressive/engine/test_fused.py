@@ -5,6 +5,8 @@ The functions `check_...` take the device to compute on.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +18,9 @@ from autoregressive.models.noise import ImageNoise
 from benchmarks.quantization import RoundedCaches
 from tests.autoregressive.engine.kernels.interpreted import run_interpreted
 from tests.autoregressive.models.tiny import captions, random_model
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton, which comes with PyTorch for NVIDIA GPUs, is not installed", allow_module_level=True)
 
 
 def engine_of(model, quantize="none", kv_cache_dtype="auto"):
@@ -129,7 +134,6 @@ def test_without_a_gpu_the_engine_says_why():
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
-    pytest.importorskip("triton")
     from autoregressive.engine.fused import unsupported
 
     with FakeTensorMode(), torch.device("cuda"):
