@@ -7,7 +7,7 @@
 The network has the published graph's layers and widths with random weights, written to a temporary file that both
 backends read. Where TensorFlow is not installed, PyTorch is measured alone; on a GPU in both memory layouts. The
 distance is that of two sets of 2048 features: ours, and with scipy.linalg.sqrtm. The last line is one JSON object;
-`speedup` is PyTorch over TensorFlow, pictures per second, the median of the rounds (null without TensorFlow).
+`speedup` is PyTorch over TensorFlow, images per second, the median of the rounds (null without TensorFlow).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def wait(device: torch.device) -> float:
 
 
 def images_per_second(network: FeatureNetwork, pictures: torch.Tensor, device: torch.device) -> float:
-    """Pictures per second of one call."""
+    """Images per second of one call."""
     started = wait(device)
     network(pictures)
     return len(pictures) / (wait(device) - started)
@@ -166,7 +166,7 @@ def measure_networks(
 ) -> dict[str, Any]:
     """Speed of each network in alternating rounds, and how far the features of the first and the last differ.
 
-    A call before them does not count: of eight pictures on a CPU, of all on a GPU, which chooses kernels by size.
+    A call before them does not count: of eight images on a CPU, of all on a GPU, which chooses kernels by size.
     """
     pictures = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
     first = images if device.type == "cuda" else 8

@@ -45,8 +45,8 @@ def unsupported(model: Transformer, kv_cache_dtype: str = "auto") -> str | None:
 class FusedEngine(StaticEngine):
     """The engine of NVIDIA GPUs.
 
-    Up to 32 guided images of classes, an image does not depend on its batch, to the last bit. Captions are read by
-    cuBLAS, whose roundings may depend on their number.
+    Up to 32 guided images of classes, every row is summed in one order, so that an image does not depend on its batch,
+    to the last bit. Captions are read by cuBLAS, whose roundings may depend on their number.
 
     `kv_cache_dtype` "int8" or "fp8" holds keys and values in 8 bits, "auto" in the model's format.
 

@@ -22,7 +22,7 @@ from tokenizer.coding import ImageDecoder, encode_images
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.image import to_float, to_uint8
 
-_WARM_BATCH = 8  # a GPU is prepared for batches of so many before the first request, and decodes so many at a time
+_WARM_BATCH = 8  # images; a GPU is prepared for this batch before the first request, and decodes as many at a time
 _SECONDS_BETWEEN_REPORTS = 0.05
 _PREVIEW_SHARE = 0.2  # of the time may go into previews
 _EMPTY = 0.85  # grey of cells that are not drawn yet, in [-1, 1]

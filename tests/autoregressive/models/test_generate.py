@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -563,3 +564,17 @@ def test_decoding_on_a_gpu_keeps_away_from_cudnn_attention():
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with decode_attention_backends(torch.device("cpu")):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_every_token_is_generated_inside_that_context(monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        events.append(device.type)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(generate_module, "decode_attention_backends", noted)
+    generate(random_model(), torch.tensor([1]), 3, sample_logits=False, on_token=events.append)
+    assert events == ["cpu", 0, 1, 2, "left"]
